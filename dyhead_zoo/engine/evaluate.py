@@ -1,0 +1,399 @@
+"""COCO box metrics: run a detector over a COCO-format data set, and score any list of COCO results records.
+
+The numbers are those of COCOeval (https://github.com/cocodataset/cocoapi): IoU .50:.05:.95, at most 100 detections per
+image, areas split at 32 x 32 and 96 x 96. pycocotools is the reference; hotcoco, where it is installed, computes the
+same bits in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import distributed
+
+from dyhead_zoo.data.label_space import LabelSpace
+
+if TYPE_CHECKING:
+    from dyhead_zoo.data.coco import CocoDataset
+    from dyhead_zoo.detector import Detector
+
+METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""COCOeval's twelve numbers, in its order."""
+
+Backend = Literal["auto", "pycocotools", "hotcoco"]
+Record = dict[str, Any]
+
+
+@dataclass
+class EvalResult:
+    """What ``evaluate`` found.
+
+    Attributes:
+        metrics: ``METRIC_NAMES`` to figures in 0..1; NaN where the data set holds nothing to measure it on.
+        per_class: one dict per category of the file: ``name``, ``category_id``, ``AP``, ``AP50`` (NaN without ground
+            truth) and ``num_gts`` (crowd regions not counted).
+        predictions: COCO results records, with the category ids of the file.
+        num_images: images that were evaluated.
+        seconds: wall time of the predictions, images read and resized included; scoring is not.
+        detector: the detector's name.
+        backend: what computed the metrics.
+        unknown_classes: categories of the file that the detector has no class for; their objects count as misses.
+    """
+
+    metrics: dict[str, float]
+    per_class: list[dict[str, Any]]
+    predictions: list[Record] = field(repr=False)
+    num_images: int
+    seconds: float
+    detector: str = ""
+    backend: str = ""
+    unknown_classes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Everything but the predictions; NaN, which JSON lacks, becomes ``null``."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "predictions"}
+        return json.dumps(_nan_to_none(content), indent=2, allow_nan=False) + "\n"
+
+    def summary(self) -> str:
+        """A table for the terminal: the twelve numbers in percent, then what they were measured on."""
+        rows = []
+        for start in range(0, len(METRIC_NAMES), 6):
+            names = METRIC_NAMES[start : start + 6]
+            rows.append("".join(f"{name:>8}" for name in names))
+            rows.append("".join(f"{_percent(self.metrics[name]):>8}" for name in names))
+        speed = self.num_images / self.seconds if self.seconds > 0 else math.inf
+        rows.append(
+            f"{self.num_images} images, {sum(c['num_gts'] for c in self.per_class)} objects, "
+            f"{len(self.predictions)} detections, {speed:.1f} images/s, scored by {self.backend}"
+        )
+        return "\n".join(rows)
+
+
+def evaluate(
+    detector: Detector,
+    *,
+    images: str | Path,
+    annotations: str | Path,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    max_images: int | None = None,
+    score_threshold: float = 0.0,
+    progress: bool = True,
+    backend: Backend = "auto",
+) -> EvalResult:
+    """Average precision of a detector on a COCO-format data set.
+
+    Classes are matched by name. Objects of a category that the detector does not know count as misses (and are named
+    in a warning); detections of a class that the file does not list are dropped. In a distributed job every process
+    calls this function, predicts its share, and gets the result for the whole data set.
+
+    Args:
+        detector: its train/eval mode is restored afterwards.
+        images: folder that ``file_name`` of the annotation file is relative to.
+        annotations: COCO-format JSON file.
+        batch_size: images of equal canvas per step; changes the speed only.
+        num_workers: processes that read images; 0 reads in this one.
+        max_images: only the first so many images of the file.
+        score_threshold: detections below are dropped, on top of the detector's own threshold.
+        progress: show a progress bar.
+        backend: ``auto`` takes hotcoco where it is installed, else pycocotools.
+
+    Raises:
+        FileNotFoundError: if the file or the folder does not exist.
+        ValueError: if the file is not in COCO format or shares no class with the detector.
+    """
+    from dyhead_zoo.data.coco import CocoDataset
+
+    dataset = CocoDataset(images, annotations, max_images=max_images)
+    content = read_annotations(annotations)
+    unknown = _unknown_classes(detector.label_space, content["categories"])
+    start = time.perf_counter()
+    predictions = predict_dataset(
+        detector,
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        score_threshold=score_threshold,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - start
+    metrics, per_class = coco_metrics(content, predictions, image_ids=dataset.image_ids, backend=backend)
+    return EvalResult(
+        metrics=metrics,
+        per_class=per_class,
+        predictions=predictions,
+        num_images=len(dataset.image_ids),
+        seconds=seconds,
+        detector=detector.name,
+        backend=resolve_backend(backend),
+        unknown_classes=unknown,
+    )
+
+
+def predict_dataset(
+    detector: Detector,
+    dataset: CocoDataset,
+    *,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    score_threshold: float = 0.0,
+    progress: bool = True,
+) -> list[Record]:
+    """Detections on every image of a data set, as COCO results records with the category ids of its file.
+
+    In a distributed job each process predicts its share and all get the whole; an image that a sampler gave to two
+    processes counts once.
+
+    Returns:
+        records ``image_id, category_id, bbox (xywh, pixels of the original image), score``, by image id, best first.
+    """
+    from tqdm.auto import tqdm
+
+    from dyhead_zoo.data.loader import make_eval_loader
+
+    rank, world_size = _rank_and_world_size()
+    loader = make_eval_loader(dataset, detector.cfg, batch_size, num_workers, rank, world_size)
+    to_category = _category_ids_by_name(detector.label_space, dataset.label_space)
+    device = next(detector.parameters()).device
+    by_image: dict[int, list[Record]] = {}
+    with _eval_mode(detector), torch.inference_mode():
+        for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress or rank != 0):
+            found = detector.decode(detector(batch.images.to(device), batch.image_sizes.to(device)))
+            sizes = zip(batch.image_sizes.tolist(), batch.original_sizes.tolist(), strict=True)
+            for image_id, detections, (from_size, to_size) in zip(batch.image_ids, found, sizes, strict=True):
+                detections = detections.above(score_threshold).rescale(tuple(from_size), tuple(to_size))
+                by_image[image_id] = _to_records(detections.to_coco(image_id, detector.label_space), to_category)
+    by_image = _merge_ranks(by_image, world_size)
+    return [record for image_id in sorted(by_image) for record in by_image[image_id]]
+
+
+def coco_metrics(
+    annotations: str | Path | Mapping[str, Any],
+    predictions: Sequence[Mapping[str, Any]],
+    *,
+    image_ids: Collection[int] | None = None,
+    backend: Backend = "auto",
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """COCOeval's box metrics of any results records, whatever made them.
+
+    Fields that hand-made files leave out are filled in: ``iscrowd`` is 0, ``area`` is that of the box. Annotations are
+    renumbered from 1, since COCOeval takes the id 0 for "no match".
+
+    Args:
+        annotations: COCO-format file or its content.
+        predictions: ``image_id, category_id, bbox (xywh), score`` each; may be empty.
+        image_ids: evaluate these images only; None for all of the file.
+        backend: see ``evaluate``.
+
+    Returns:
+        ``metrics`` and ``per_class`` as in ``EvalResult``.
+
+    Raises:
+        ValueError: for a file that is not in COCO format, or predictions on images that it does not list.
+    """
+    content = annotations if isinstance(annotations, Mapping) else read_annotations(annotations)
+    ids = [image["id"] for image in content["images"]]
+    if stray := sorted({p["image_id"] for p in predictions} - set(ids))[:5]:
+        raise ValueError(
+            f"predictions for image ids {stray} that the annotation file does not list: is it the right file?"
+        )
+    if image_ids is not None:
+        wanted = set(image_ids)
+        ids = [i for i in ids if i in wanted]
+    ground_truth = _complete(content, set(ids))
+    kept = set(ids)
+    evaluator = _run_cocoeval(ground_truth, [dict(p) for p in predictions if p["image_id"] in kept], ids, backend)
+    metrics = {name: _missing_to_nan(v) for name, v in zip(METRIC_NAMES, evaluator.stats, strict=True)}
+    counts = Counter(a["category_id"] for a in ground_truth["annotations"] if not a["iscrowd"])
+    return metrics, _per_class(evaluator, ground_truth["categories"], counts)
+
+
+def read_annotations(path: str | Path) -> dict[str, Any]:
+    """Content of a COCO-format annotation file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not JSON, or a list is missing.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no annotation file at {path}")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    missing = [k for k in ("images", "annotations", "categories") if not isinstance(content, dict) or k not in content]
+    if missing:
+        raise ValueError(f"{path} is not a COCO-format annotation file: it lacks {', '.join(missing)}")
+    return content
+
+
+def resolve_backend(backend: Backend) -> Literal["pycocotools", "hotcoco"]:
+    """``auto`` becomes hotcoco where it is installed, else pycocotools.
+
+    Raises:
+        ValueError: for an unknown name, or hotcoco without its package.
+    """
+    if backend not in ("auto", "pycocotools", "hotcoco"):
+        raise ValueError(f"unknown evaluation backend {backend!r}: choose auto, pycocotools or hotcoco")
+    installed = importlib.util.find_spec("hotcoco") is not None
+    if backend == "hotcoco" and not installed:
+        raise ValueError("evaluation backend hotcoco is not installed: pip install 'dyhead-zoo[eval]'")
+    return "hotcoco" if installed and backend != "pycocotools" else "pycocotools"
+
+
+def _run_cocoeval(ground_truth: dict[str, Any], records: list[Record], image_ids: list[int], backend: Backend) -> Any:
+    """A COCOeval of either package after ``summarize``; both print their progress, which is swallowed here."""
+    chosen = resolve_backend(backend)
+    with contextlib.redirect_stdout(io.StringIO()):
+        if chosen == "hotcoco":
+            from hotcoco import COCO, COCOeval
+
+            truth = COCO(ground_truth)
+            found = truth.loadRes(records)
+        else:
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval
+
+            truth = COCO()
+            truth.dataset = ground_truth
+            truth.createIndex()
+            found = truth.loadRes(records) if records else COCO()  # loadRes raises IndexError on an empty list
+        evaluator = COCOeval(truth, found, "bbox")
+        evaluator.params.imgIds = image_ids
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return evaluator
+
+
+def _complete(content: Mapping[str, Any], image_ids: set[int]) -> dict[str, Any]:
+    """The ground truth of some images with every field that COCOeval reads, and nothing else."""
+    annotations = []
+    for number, annotation in enumerate((a for a in content["annotations"] if a["image_id"] in image_ids), start=1):
+        width, height = annotation["bbox"][2:]
+        annotations.append(
+            {
+                "id": number,
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "bbox": annotation["bbox"],
+                "area": annotation.get("area", width * height),
+                "iscrowd": annotation.get("iscrowd", 0),
+            }
+        )
+    images = [image for image in content["images"] if image["id"] in image_ids]
+    return {"images": images, "annotations": annotations, "categories": list(content["categories"])}
+
+
+def _per_class(evaluator: Any, categories: list[dict[str, Any]], counts: Counter[int]) -> list[dict[str, Any]]:
+    """AP and AP50 of each category. ``precision`` is (IoU thresholds, recalls, categories, areas, maxDets)."""
+    precision = np.asarray(evaluator.eval["precision"])[:, :, :, 0, -1]
+    row_of = {category_id: k for k, category_id in enumerate(evaluator.params.catIds)}
+    rows = []
+    for category in sorted(categories, key=lambda c: c["id"]):
+        of_class = precision[:, :, row_of[category["id"]]]
+        rows.append(
+            {
+                "name": category["name"],
+                "category_id": category["id"],
+                "AP": _missing_to_nan(of_class.mean()),
+                "AP50": _missing_to_nan(of_class[0].mean()),
+                "num_gts": counts[category["id"]],
+            }
+        )
+    return rows
+
+
+def _unknown_classes(known: LabelSpace, categories: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Names of categories the detector lacks; a warning lists them.
+
+    Raises:
+        ValueError: if it lacks all of them.
+    """
+    names = [str(c["name"]) for c in categories]
+    unknown = tuple(name for name in names if name not in known.names)
+    if len(unknown) == len(names):
+        raise ValueError(
+            f"the detector and the annotation file share no class: the file has {_listed(names)}, "
+            f"the detector {_listed(known.names)}. Classes are matched by name"
+        )
+    if unknown:
+        warnings.warn(f"the detector does not know {_listed(unknown)}: their objects count as misses", stacklevel=3)
+    return unknown
+
+
+def _listed(names: Sequence[str], limit: int = 10) -> str:
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _category_ids_by_name(known: LabelSpace, of_file: LabelSpace) -> dict[int, int]:
+    """The detector's category ids to those of the file, where both name the class."""
+    file_ids = dict(zip(of_file.names, of_file.category_ids, strict=True))
+    return {i: file_ids[name] for name, i in zip(known.names, known.category_ids, strict=True) if name in file_ids}
+
+
+def _to_records(records: list[Record], to_category: Mapping[int, int]) -> list[Record]:
+    return [
+        {**record, "category_id": to_category[record["category_id"]]}
+        for record in records
+        if record["category_id"] in to_category
+    ]
+
+
+@contextlib.contextmanager
+def _eval_mode(detector: torch.nn.Module) -> Any:
+    """Eval mode within the block; every submodule's own mode comes back afterwards (frozen norms stay in eval)."""
+    modes = [(module, module.training) for module in detector.modules()]
+    detector.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _merge_ranks(by_image: dict[int, list[Record]], world_size: int) -> dict[int, list[Record]]:
+    """The shares of all processes together; an image that several saw counts once."""
+    if world_size == 1:
+        return by_image
+    shares: list[dict[int, list[Record]] | None] = [None] * world_size
+    distributed.all_gather_object(shares, by_image)
+    return {image_id: records for share in shares if share for image_id, records in share.items()}
+
+
+def _missing_to_nan(value: float) -> float:
+    """COCOeval writes -1 where there is no ground truth to measure on."""
+    return float(value) if value > -1 else math.nan
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _nan_to_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nan_to_none(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nan_to_none(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -16,7 +16,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -211,12 +211,10 @@ def coco_metrics(
         raise ValueError(
             f"predictions for image ids {stray} that the annotation file does not list: is it the right file?"
         )
-    if image_ids is not None:
-        wanted = set(image_ids)
-        ids = [i for i in ids if i in wanted]
-    ground_truth = _complete(content, set(ids))
-    kept = set(ids)
-    evaluator = _run_cocoeval(ground_truth, [dict(p) for p in predictions if p["image_id"] in kept], ids, backend)
+    kept = set(ids) if image_ids is None else set(ids) & set(image_ids)
+    ground_truth = _complete(content, kept)
+    records = [dict(p) for p in predictions if p["image_id"] in kept]  # copies: loadRes writes into its records
+    evaluator = _run_cocoeval(ground_truth, records, sorted(kept), backend)
     metrics = {name: _missing_to_nan(v) for name, v in zip(METRIC_NAMES, evaluator.stats, strict=True)}
     counts = Counter(a["category_id"] for a in ground_truth["annotations"] if not a["iscrowd"])
     return metrics, _per_class(evaluator, ground_truth["categories"], counts)
@@ -257,22 +255,20 @@ def resolve_backend(backend: Backend) -> Literal["pycocotools", "hotcoco"]:
 
 def _run_cocoeval(ground_truth: dict[str, Any], records: list[Record], image_ids: list[int], backend: Backend) -> Any:
     """A COCOeval of either package after ``summarize``; both print their progress, which is swallowed here."""
-    chosen = resolve_backend(backend)
     with contextlib.redirect_stdout(io.StringIO()):
-        if chosen == "hotcoco":
-            from hotcoco import COCO, COCOeval
+        if resolve_backend(backend) == "hotcoco":
+            import hotcoco
 
-            truth = COCO(ground_truth)
-            found = truth.loadRes(records)
+            truth = hotcoco.COCO(ground_truth)
+            evaluator = hotcoco.COCOeval(truth, truth.loadRes(records), "bbox")
         else:
-            from pycocotools.coco import COCO
-            from pycocotools.cocoeval import COCOeval
+            from pycocotools import coco, cocoeval
 
-            truth = COCO()
+            truth = coco.COCO()
             truth.dataset = ground_truth
             truth.createIndex()
-            found = truth.loadRes(records) if records else COCO()  # loadRes raises IndexError on an empty list
-        evaluator = COCOeval(truth, found, "bbox")
+            found = truth.loadRes(records) if records else coco.COCO()  # loadRes raises IndexError on an empty list
+            evaluator = cocoeval.COCOeval(truth, found, "bbox")
         evaluator.params.imgIds = image_ids
         evaluator.evaluate()
         evaluator.accumulate()
@@ -356,7 +352,7 @@ def _to_records(records: list[Record], to_category: Mapping[int, int]) -> list[R
 
 
 @contextlib.contextmanager
-def _eval_mode(detector: torch.nn.Module) -> Any:
+def _eval_mode(detector: torch.nn.Module) -> Iterator[None]:
     """Eval mode within the block; every submodule's own mode comes back afterwards (frozen norms stay in eval)."""
     modes = [(module, module.training) for module in detector.modules()]
     detector.eval()

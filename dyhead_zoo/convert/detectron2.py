@@ -1,0 +1,111 @@
+"""The checkpoints of DyHead's authors (microsoft/DynamicHead), trained in detectron2.
+
+Differences that are more than names: the frozen BatchNorm layers do not count batches; one learned scale per level there,
+one parameter with all of them here; Swin merges patches at the end of a stage, timm at the start of the next. Channel
+orders are the same, and the deformable convolutions have a bias in both.
+
+Source of the names: the modules of that repository at 9c7cd66 and of detectron2's ResNet and FPN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dyhead_zoo.convert import (
+    Conversion,
+    Drop,
+    Rename,
+    add_batch_counters,
+    apply_table,
+    renumber,
+    stack_scales,
+    unwrap,
+)
+
+_BODY = "backbone.backbone.bottom_up."
+
+_NOT_WEIGHTS = (
+    Drop("pixel_mean", "the detector's own normalisation takes its place"),
+    Drop("pixel_std", "the detector's own normalisation takes its place"),
+    Drop("anchor_generator.cell_anchors.{i}", "follows from the anchor settings"),
+    Drop(_BODY + "{any}.relative_position_index", "follows from the window size"),
+)
+
+# detectron2 numbers the stages by the stride they reach (res2 .. res5), torchvision and timm from 1
+_RESNET = (
+    Rename(_BODY + "stem.conv1.weight", "backbone.body.conv1.weight"),
+    Rename(_BODY + "stem.conv1.norm.{bn}", "backbone.body.bn1.{bn}"),
+    Rename(_BODY + "res{i}.{j}.conv{k}.weight", "backbone.body.layer{previous}.{j}.conv{k}.weight"),
+    Rename(_BODY + "res{i}.{j}.conv{k}.norm.{bn}", "backbone.body.layer{previous}.{j}.bn{k}.{bn}"),
+    Rename(_BODY + "res{i}.{j}.shortcut.weight", "backbone.body.layer{previous}.{j}.downsample.0.weight"),
+    Rename(_BODY + "res{i}.{j}.shortcut.norm.{bn}", "backbone.body.layer{previous}.{j}.downsample.1.{bn}"),
+)
+
+_SWIN_BLOCK = "layers.{i}.blocks.{j}."
+_BIAS_TABLE = "attn.relative_position_bias_table"
+_SWIN = (
+    Rename(_BODY + "patch_embed.proj.{wb}", "backbone.body.patch_embed.proj.{wb}"),
+    Rename(_BODY + "patch_embed.norm.{wb}", "backbone.body.patch_embed.norm.{wb}"),
+    Rename(_BODY + _SWIN_BLOCK + "norm{k}.{wb}", "backbone.body." + _SWIN_BLOCK + "norm{k}.{wb}"),
+    Rename(_BODY + _SWIN_BLOCK + _BIAS_TABLE, "backbone.body." + _SWIN_BLOCK + _BIAS_TABLE),
+    Rename(_BODY + _SWIN_BLOCK + "attn.qkv.{wb}", "backbone.body." + _SWIN_BLOCK + "attn.qkv.{wb}"),
+    Rename(_BODY + _SWIN_BLOCK + "attn.proj.{wb}", "backbone.body." + _SWIN_BLOCK + "attn.proj.{wb}"),
+    Rename(_BODY + _SWIN_BLOCK + "mlp.fc{k}.{wb}", "backbone.body." + _SWIN_BLOCK + "mlp.fc{k}.{wb}"),
+    Rename(_BODY + "layers.{i}.downsample.norm.{wb}", "backbone.body.layers.{next}.downsample.norm.{wb}"),
+    Rename(_BODY + "layers.{i}.downsample.reduction.weight", "backbone.body.layers.{next}.downsample.reduction.weight"),
+    Rename(_BODY + "norm{i}.{wb}", "backbone.norms.{i}.{wb}"),
+)
+
+_FPN = (
+    Rename("backbone.backbone.fpn_lateral{i}.{wb}", "neck.fpn.lateral.{i}.{wb}"),
+    Rename("backbone.backbone.fpn_output{i}.{wb}", "neck.fpn.output.{i}.{wb}"),
+    Rename("backbone.backbone.top_block.p{i}.{wb}", "neck.fpn.extra.{i}.{wb}"),
+)
+
+_BLOCK = "backbone.dyhead_tower.{i}."
+_OUR_BLOCK = "neck.dyhead.blocks.{i}."
+_DYHEAD = (
+    Rename(_BLOCK + "offset.{wb}", _OUR_BLOCK + "spatial.offset.{wb}"),
+    *(
+        Rename(_BLOCK + f"DyConv.{index}.{part}." + "{wb}", _OUR_BLOCK + f"spatial.{ours}_{branch}." + "{wb}")
+        for index, branch in enumerate(("high", "mid", "low"))
+        for part, ours in (("conv", "conv"), ("bn", "norm"))
+    ),
+    Rename(_BLOCK + "AttnConv.1.{wb}", _OUR_BLOCK + "scale.fc.{wb}"),
+    Rename(_BLOCK + "relu.fc.0.{wb}", _OUR_BLOCK + "task.fc1.{wb}"),
+    Rename(_BLOCK + "relu.fc.2.{wb}", _OUR_BLOCK + "task.fc2.{wb}"),
+)
+
+_ATSS = (
+    Rename("head.cls_logits.{wb}", "head.cls_logits.{wb}"),
+    Rename("head.bbox_pred.{wb}", "head.box_deltas.{wb}"),
+    Rename("head.centerness.{wb}", "head.centerness.{wb}"),
+    Rename("head.scales.{i}.scale", "head.scales.{i}"),
+)
+
+_TABLE = (*_NOT_WEIGHTS, *_RESNET, *_SWIN, *_FPN, *_DYHEAD, *_ATSS)
+
+
+def convert(state_dict: Mapping[str, Any]) -> Conversion:
+    """Convert, and keep the record of what was dropped and created.
+
+    Args:
+        state_dict: the official keys to tensors, with or without ``{'model': ...}`` around them; not changed.
+
+    Raises:
+        CheckpointError: for keys of no known module.
+    """
+    conversion = apply_table(unwrap(state_dict)[0], _TABLE, "detectron2")
+    for prefix in ("backbone.norms.", "neck.fpn.lateral.", "neck.fpn.output.", "neck.fpn.extra."):
+        conversion.tensors = renumber(conversion.tensors, prefix)
+    conversion.tensors = stack_scales(conversion.tensors)
+    add_batch_counters(conversion)
+    return conversion
+
+
+def convert_detectron2(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Our state dict from the official one; see ``convert``."""
+    return convert(state_dict).tensors

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from torch import Tensor
 
+from dyhead_zoo.engine.checkpoint import write_text
 from dyhead_zoo.engine.draw import draw_detections
 
 if TYPE_CHECKING:
@@ -146,27 +145,6 @@ def sample_photo() -> Path:
     scikit-image's sample data).
     """
     return Path(str(resources.files("dyhead_zoo") / "bundled" / "astronaut.jpg"))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file so that it is there completely or not at all; parent folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _pictures_only(paths: Iterable[Path]) -> list[Path]:

@@ -1,0 +1,374 @@
+"""The command line: ``dyhead-zoo list | info | predict | eval | train | benchmark``.
+
+Each verb is one function that takes the parsed arguments. Nothing heavy is imported before a verb runs, so that
+``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dyhead_zoo.engine.config import TrainConfig
+from dyhead_zoo.version import __version__
+
+if TYPE_CHECKING:
+    from dyhead_zoo.detector import Detector
+
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+"""What a user can cause: shown as one line. Anything else is a defect and keeps its traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None for those of the process.
+
+    Returns:
+        Exit status: 0 done; 1 done in part (some pictures could not be read, or the training was stopped); 2 for what
+        the user can mend, with one line on stderr.
+    """
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.showwarning = _show_warning
+    try:
+        return args.run(args)
+    except USER_ERRORS as error:
+        if args.debug:
+            raise
+        _print_error(str(error) or type(error).__name__)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their flags."""
+    parser = _Parser(prog="dyhead-zoo", description="A zoo of object detectors around Dynamic Head.")
+    parser.add_argument("--version", action="version", version=f"dyhead-zoo {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for add in (_add_list, _add_info, _add_predict, _add_eval, _add_train, _add_benchmark):
+        verb = add(verbs)
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong flag in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        _print_error(f"{message} (see {self.prog} --help)")
+        self.exit(2)
+
+
+def _print_error(message: str) -> None:
+    print(f"dyhead-zoo: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Warnings without the line of source that Python shows with them."""
+    print(f"dyhead-zoo: warning: {message}", file=sys.stderr)
+
+
+# -- list and info ----------------------------------------------------------------------------------------------------
+
+
+def _add_list(verbs: Any) -> argparse.ArgumentParser:
+    verb = verbs.add_parser("list", help="names of detectors", description="List the detectors that have a name.")
+    verb.add_argument("filter", nargs="?", default="", metavar="FILTER", help="wildcard, such as '*swin*'")
+    verb.add_argument("--pretrained", action="store_true", help="only weights that exist, one line a tag")
+    verb.add_argument(
+        "--exclude", action="append", default=[], metavar="FILTER", help="leave these out; may be repeated"
+    )
+    verb.set_defaults(run=run_list)
+    return verb
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """Print a table of names, tags and where their weights come from."""
+    from dyhead_zoo import get_pretrained_cfg, list_detectors
+
+    names = list_detectors(args.filter, pretrained=args.pretrained, exclude_filters=args.exclude)
+    if not names:
+        raise ValueError(f"no detector matches {args.filter!r}: dyhead-zoo list shows all names")
+    width = max(map(len, names))
+    for name in names:
+        cfg = get_pretrained_cfg(name)
+        status = cfg.status if cfg is not None else "none"
+        print(f"{name:<{width}}  {status}")
+    return 0
+
+
+def _add_info(verbs: Any) -> argparse.ArgumentParser:
+    verb = verbs.add_parser("info", help="size, labels, input and source of one detector")
+    verb.add_argument("name", metavar="NAME", help="detector, with or without a tag")
+    verb.set_defaults(run=run_info)
+    return verb
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Print what is known of one detector."""
+    from dyhead_zoo.engine.info import describe
+
+    print(describe(args.name))
+    return 0
+
+
+# -- predict and eval -------------------------------------------------------------------------------------------------
+
+
+def _add_predict(verbs: Any) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(
+        "predict",
+        help="detect objects in pictures",
+        description="Detect objects in pictures; write annotated copies and predictions.json (COCO format). Files of an "
+        "earlier run are overwritten. Exit status 1: some pictures could not be read.",
+    )
+    verb.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="IMAGE|FOLDER|GLOB",
+        help="pictures; without any, a photograph that ships with the package",
+    )
+    verb.add_argument("--detector", metavar="NAME", help="detector; by default the one that ships with the package")
+    verb.add_argument("--output", type=Path, default=Path("runs/predict"), metavar="DIR", help="default: %(default)s")
+    _add_model_flags(verb)
+    verb.add_argument("--score-threshold", type=float, default=0.3, metavar="S", help="default: %(default)s")
+    verb.add_argument("--batch-size", type=_positive_int, default=1, metavar="N", help="default: %(default)s")
+    verb.add_argument("--no-draw", dest="draw", action="store_false", help="write predictions.json only")
+    verb.set_defaults(run=run_predict)
+    return verb
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Detect objects in files; 1 if some could not be read."""
+    from dyhead_zoo import DEFAULT_DETECTOR
+    from dyhead_zoo.engine.predict import PREDICTIONS_FILE, find_images, predict_files, sample_photo
+
+    if not args.inputs:
+        print("no input given: using the photograph that ships with the package (an astronaut; NASA, public domain)")
+    files = find_images(args.inputs or [sample_photo()])  # a wrong path is told before weights are loaded
+    detector = _load_detector(args.detector or DEFAULT_DETECTOR, args)
+    result = predict_files(
+        detector,
+        files,
+        args.output,
+        score_threshold=args.score_threshold,
+        batch_size=args.batch_size,
+        draw=args.draw,
+        progress=sys.stderr.isatty(),
+    )
+    names = {category["id"]: category["name"] for category in result.categories}
+    for image in result.images:
+        found = [a for a in result.annotations if a["image_id"] == image["id"]]
+        shown = ", ".join(f"{names[a['category_id']]} {a['score']:.2f}" for a in found) or "nothing found"
+        print(f"{image['file_name']}: {shown}")
+    for path, reason in result.failed.items():
+        print(f"dyhead-zoo: could not read {path}: {reason}", file=sys.stderr)
+    print(
+        f"{len(result.images)} pictures, {len(result.annotations)} detections with a score of at least "
+        f"{args.score_threshold:g}: {args.output / PREDICTIONS_FILE}"
+    )
+    return 1 if result.failed else 0
+
+
+def _add_eval(verbs: Any) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(
+        "eval",
+        help="average precision on a COCO-format data set",
+        description="COCO box metrics on a data set. Classes are matched by name; objects of a class that the detector "
+        "does not know count as misses.",
+    )
+    verb.add_argument("name", metavar="NAME", help="detector, with or without a tag")
+    _add_data_flags(verb, "")
+    verb.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON file for the result, per-class figures included"
+    )
+    verb.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="JSON file for all detections, COCO results format"
+    )
+    _add_model_flags(verb)
+    verb.add_argument("--batch-size", type=_positive_int, default=1, metavar="N", help="default: %(default)s")
+    verb.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that read images; default: 0")
+    verb.add_argument("--max-images", type=_positive_int, metavar="N", help="only the first so many images")
+    verb.add_argument(
+        "--backend",
+        choices=("auto", "pycocotools", "hotcoco"),
+        default="auto",
+        help="what computes the metrics; auto: hotcoco where installed, which gives the same numbers sooner",
+    )
+    verb.set_defaults(run=run_eval)
+    return verb
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Evaluate one detector, print the table, write the files asked for."""
+    import json
+
+    from dyhead_zoo.engine.evaluate import evaluate
+
+    detector = _load_detector(args.name, args)
+    result = evaluate(
+        detector,
+        images=args.images,
+        annotations=args.annotations,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        max_images=args.max_images,
+        backend=args.backend,
+        progress=sys.stderr.isatty(),
+    )
+    print(result.summary())
+    if args.output:
+        _write(args.output, result.to_json())
+    if args.predictions:
+        _write(args.predictions, json.dumps(result.predictions) + "\n")
+    return 0
+
+
+# -- train ------------------------------------------------------------------------------------------------------------
+
+
+def _add_train(verbs: Any) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(
+        "train",
+        help="train on a COCO-format data set",
+        description="Train a detector; under torchrun on several devices (torchrun --nproc-per-node 2 -m dyhead_zoo "
+        "train ...). Ctrl-C or SIGTERM saves the state; --resume goes on from it.",
+    )
+    verb.add_argument("name", metavar="NAME", help="detector, with or without a tag")
+    _add_data_flags(verb, "")
+    _add_data_flags(verb, "val-", required=False)
+    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
+    verb.add_argument(
+        "--pretrained", action="store_true", help="start from the weights of NAME, re-headed by class name"
+    )
+    verb.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="start from these weights, re-headed by class name"
+    )
+    verb.add_argument("--class-names", type=_names, metavar="A,B,..", help="default: categories of the training file")
+    verb.add_argument("--resume", action="store_true", help="go on with the run in --output, if there is one")
+    settings = verb.add_argument_group("settings")
+    for field in dataclasses.fields(TrainConfig):
+        _add_setting(settings, field, typing.get_type_hints(TrainConfig)[field.name])
+    verb.set_defaults(run=run_train)
+    return verb
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train one detector; 1 if it was stopped before its last epoch."""
+    config = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
+    if int(os.environ.get("RANK", "0")) > 0:
+        logging.getLogger().setLevel(logging.WARNING)
+
+    from dyhead_zoo import create_detector
+    from dyhead_zoo.data.label_space import LabelSpace
+    from dyhead_zoo.engine.evaluate import read_annotations
+    from dyhead_zoo.engine.train import train
+
+    categories = read_annotations(args.annotations)["categories"]
+    class_names = args.class_names or list(LabelSpace.from_categories(categories).names)
+    detector = create_detector(
+        args.name, pretrained=args.pretrained, checkpoint=args.checkpoint, class_names=class_names
+    )
+    result = train(
+        detector,
+        images=args.images,
+        annotations=args.annotations,
+        val_images=args.val_images,
+        val_annotations=args.val_annotations,
+        output=args.output,
+        config=config,
+        resume=args.resume,
+    )
+    return 1 if result.stopped_by else 0
+
+
+def _add_setting(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
+    """One flag of a training setting: its type, choices, default and help come from the field."""
+    flag, text = "--" + field.name.replace("_", "-"), f"{field.metadata['help']}; default: {field.default}"
+    if hint is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+    elif typing.get_origin(hint) is typing.Literal:
+        group.add_argument(flag, choices=typing.get_args(hint), default=field.default, help=text)
+    else:
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kind = next(option for option in options if option is not types.NoneType)
+        group.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=text)
+
+
+# -- benchmark --------------------------------------------------------------------------------------------------------
+
+
+def _add_benchmark(verbs: Any) -> argparse.ArgumentParser:
+    verb = verbs.add_parser("benchmark", help="measure the deformable convolution on this machine")
+    verb.add_argument("what", choices=("op",), help="op: the deformable convolution against a dense one")
+    verb.add_argument("--reps", type=_positive_int, default=7, metavar="N", help="rounds; default: %(default)s")
+    verb.add_argument("--csv", type=Path, metavar="FILE", help="also write the figures there")
+    verb.set_defaults(run=run_benchmark)
+    return verb
+
+
+def run_benchmark(args: argparse.Namespace) -> int:
+    """Measure and print a table."""
+    from dyhead_zoo.engine.benchmark import benchmark_op
+
+    benchmark_op(args.reps, args.csv)
+    return 0
+
+
+# -- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _add_data_flags(verb: argparse.ArgumentParser, prefix: str, required: bool = True) -> None:
+    which = "validation" if prefix else "data set"
+    verb.add_argument(
+        f"--{prefix}images", type=Path, required=required, metavar="DIR", help=f"{which}: folder of images"
+    )
+    verb.add_argument(
+        f"--{prefix}annotations", type=Path, required=required, metavar="FILE", help=f"{which}: COCO-format JSON file"
+    )
+
+
+def _add_model_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to use instead of the published ones")
+    verb.add_argument("--num-classes", type=_positive_int, metavar="N", help="classes of a checkpoint that names none")
+    verb.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ..; default: a GPU where there is one")
+
+
+def _load_detector(name: str, args: argparse.Namespace) -> Detector:
+    """The detector that ``--checkpoint``, ``--num-classes`` and ``--device`` ask for, in eval mode."""
+    import torch
+
+    from dyhead_zoo import create_detector
+
+    detector = create_detector(
+        name, pretrained=args.checkpoint is None, checkpoint=args.checkpoint, num_classes=args.num_classes
+    )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return detector.to(device).eval()
+
+
+def _write(path: Path, text: str) -> None:
+    from dyhead_zoo.engine.checkpoint import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+def _positive_int(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

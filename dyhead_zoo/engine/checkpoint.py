@@ -1,0 +1,158 @@
+"""Files of a training run: resumable states, weights, and the log. A file is complete or absent, never half written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from dyhead_zoo.detector import Detector
+
+STATE_VERSION = 1
+_PATTERN = "state_*.pt"
+_logger = logging.getLogger(__name__)
+
+
+class CorruptStateError(ValueError):
+    """A state file that cannot be read back."""
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place once the block has written it without an error."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_state(directory: Path, state: Mapping[str, Any], *, step: int, keep: int = 2) -> Path:
+    """Write ``state_<step>.pt`` and delete all but the newest ``keep`` states.
+
+    Args:
+        directory: the run's output directory.
+        state: tensors and plain Python values only, so that ``torch.load(weights_only=True)`` reads it back.
+        step: optimiser steps done.
+        keep: states that remain; two, so that one damaged file does not end a run.
+    """
+    path = directory / f"state_{step:08d}.pt"
+    with atomic_path(path) as temporary:
+        torch.save({"version": STATE_VERSION, **state}, temporary)
+    for old in state_files(directory)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def state_files(directory: Path) -> list[Path]:
+    """State files of a run, newest first."""
+    return sorted(directory.glob(_PATTERN), reverse=True)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read one state file; every record's CRC is checked, which ``torch.load`` does not do.
+
+    Raises:
+        CorruptStateError: if it is truncated or damaged.
+        ValueError: if it was written by a newer version.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise CorruptStateError(f"{path} is damaged: checksum of {damaged} does not match")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except CorruptStateError:
+        raise
+    except Exception as error:
+        raise CorruptStateError(f"{path} cannot be read: {error}") from error
+    if not isinstance(state, dict) or "version" not in state:
+        raise CorruptStateError(f"{path} is not a training state")
+    if state["version"] > STATE_VERSION:
+        raise ValueError(
+            f"{path} has state version {state['version']}, and this dyhead_zoo reads up to {STATE_VERSION}: upgrade it"
+        )
+    return state
+
+
+def newest_state(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest state that can be read; damaged ones are passed over with a warning. None if there is no state file.
+
+    Raises:
+        CorruptStateError: if there are state files but none can be read.
+    """
+    files = state_files(directory)
+    for path in files:
+        try:
+            return path, load_state(path)
+        except CorruptStateError as error:
+            _logger.warning("%s; trying the state before it", error)
+    if files:
+        raise CorruptStateError(
+            f"none of the states in {directory} can be read ({', '.join(f.name for f in files)}): "
+            "start again in another output directory"
+        )
+    return None
+
+
+def write_weights(path: Path, detector: Detector, metrics: Mapping[str, float]) -> None:
+    """Native weights with what is needed to use them: label space, config and metrics in the safetensors header."""
+    from dyhead_zoo.weights import write_safetensors
+
+    config = detector.config()
+    metadata = {
+        "format": "pt",
+        "label_space": json.dumps(detector.label_space.to_dict()),
+        "config": json.dumps(config),
+        "metrics": json.dumps(dict(metrics)),
+    }
+    if isinstance(config.get("name"), str):
+        metadata["name"] = config["name"]
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
+    with atomic_path(path) as temporary:
+        write_safetensors(temporary, tensors, metadata)
+
+
+class RunLog:
+    """``log.jsonl``: one JSON object a line with ``event`` and ``step``.
+
+    Reopening drops what a resumed run writes again: lines beyond ``step``, the evaluation at ``step`` if it is still
+    due, and a line that a kill cut off.
+    """
+
+    def __init__(self, path: Path, step: int, eval_due: bool) -> None:
+        self.path = path
+        if path.exists():
+            lines = path.read_text("utf-8").splitlines()
+            write_text(path, "".join(line + "\n" for line in lines if _is_done(line, step, eval_due)))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _is_done(line: str, step: int, eval_due: bool) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return bool(record["step"] < step or (record["step"] == step and not (eval_due and record["event"] == "eval")))

@@ -1,8 +1,8 @@
 """The checkpoints of DyHead's authors (microsoft/DynamicHead), trained in detectron2.
 
-Differences that are more than names: the frozen BatchNorm layers do not count batches; one learned scale per level there,
-one parameter with all of them here; Swin merges patches at the end of a stage, timm at the start of the next. Channel
-orders are the same, and the deformable convolutions have a bias in both.
+Differences that are more than names: the frozen BatchNorm layers do not count batches; one learned scale per level
+there, one parameter with all of them here; Swin merges patches at the end of a stage, timm at the start of the next.
+Channel orders are the same, and the deformable convolutions have a bias in both.
 
 Source of the names: the modules of that repository at 9c7cd66 and of detectron2's ResNet and FPN.
 """
@@ -86,7 +86,7 @@ _ATSS = (
     Rename("head.scales.{i}.scale", "head.scales.{i}"),
 )
 
-_TABLE = (*_NOT_WEIGHTS, *_RESNET, *_SWIN, *_FPN, *_DYHEAD, *_ATSS)
+_TABLE: tuple[Rename | Drop, ...] = (*_NOT_WEIGHTS, *_RESNET, *_SWIN, *_FPN, *_DYHEAD, *_ATSS)
 
 
 def convert(state_dict: Mapping[str, Any]) -> Conversion:

@@ -115,7 +115,15 @@ _ATSS = (
     Rename("bbox_head.scales.{i}.scale", "head.scales.{i}"),
 )
 
-_TABLE = (*_NOT_WEIGHTS, *_RESNET, *_SWIN, *_fpn("neck."), *_fpn("neck.0."), *_DYHEAD, *_ATSS)
+_TABLE: tuple[Rename | Drop, ...] = (
+    *_NOT_WEIGHTS,
+    *_RESNET,
+    *_SWIN,
+    *_fpn("neck."),
+    *_fpn("neck.0."),
+    *_DYHEAD,
+    *_ATSS,
+)
 
 
 def _split_extra_levels(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

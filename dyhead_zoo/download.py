@@ -1,0 +1,235 @@
+"""Weight files: bundled, from the Hugging Face Hub, or from a URL with mirrors; cached, and checked by their hash.
+
+Environment:
+    DYHEAD_ZOO_CACHE: where downloads are kept; default ``$XDG_CACHE_HOME/dyhead_zoo`` or ``~/.cache/dyhead_zoo``.
+        Files from the Hub stay in its own cache (``HF_HOME``).
+    DYHEAD_ZOO_OFFLINE, HF_HUB_OFFLINE: ``1`` forbids the network; what is cached keeps working.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import os
+import urllib.request
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from filelock import FileLock
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from tqdm import tqdm
+
+from dyhead_zoo.pretrained import PretrainedCfg
+from dyhead_zoo.version import __version__
+
+HUB_FILE = "model.safetensors"
+"""Name of the weight file in a Hub repository."""
+
+_BUNDLED = Path(__file__).parent / "bundled"
+_TIMEOUT = 30.0  # seconds without a byte
+_CHUNK = 1 << 20
+_OFFLINE_VARIABLES = ("DYHEAD_ZOO_OFFLINE", "HF_HUB_OFFLINE")
+
+_logger = logging.getLogger(__name__)
+
+
+class DownloadError(OSError):
+    """No source gave the file; the message lists each with its reason."""
+
+
+class HashMismatch(ValueError):
+    """A file that is not the one that was published."""
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, 64 lower-case hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_directory(cache_dir: str | Path | None = None) -> Path:
+    """Where downloads are kept: the argument, ``DYHEAD_ZOO_CACHE``, or the user's cache directory."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    if own := os.environ.get("DYHEAD_ZOO_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dyhead_zoo"
+
+
+def offline() -> str | None:
+    """The environment setting that forbids the network, such as ``DYHEAD_ZOO_OFFLINE=1``, or None."""
+    for name in _OFFLINE_VARIABLES:
+        value = os.environ.get(name, "")
+        if value.lower() in ("1", "true", "yes", "on"):
+            return f"{name}={value}"
+    return None
+
+
+def fetch(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path:
+    """Local path of the weight file of ``cfg``, downloaded if need be.
+
+    A file in the package comes first, then the Hub where its hash is known (or there is no URL), then the URL and its
+    mirrors. Whatever hash the record states is checked at every use. Where it states none, the hash of the first
+    download is kept beside the cached file (``<file>.sha256``) and holds from then on.
+
+    Args:
+        cfg: record of the weights.
+        cache_dir: instead of the default cache of URL downloads.
+
+    Raises:
+        ValueError: if the record names no weights at all.
+        FileNotFoundError: for a bundled or absolute path that does not exist.
+        HashMismatch: for such a file with another hash.
+        DownloadError: if no source gave the right file, or the network is forbidden.
+    """
+    if cfg.file:
+        return _local_file(cfg.file, cfg.sha256)
+    failures = []
+    if cfg.hf_hub_id and (cfg.sha256 or not cfg.url):
+        try:
+            return _from_hub(cfg)
+        except (OSError, EntryNotFoundError, ValueError) as error:
+            failures.append(f"{cfg.hf_hub_id} on the Hub: {_one_line(error)}")
+    if cfg.url:
+        return _from_urls(cfg, cfg.url, cache_directory(cache_dir), failures)
+    if failures:
+        raise DownloadError(_failure_message(failures))
+    raise ValueError("this detector has no published weights (no file, Hub repository or URL): use pretrained=False")
+
+
+def _local_file(name: str, sha256: str | None) -> Path:
+    if not Path(name).is_absolute() and Path(name).name != name:
+        raise ValueError(f"file={name!r}: expected the name of a bundled file or an absolute path")
+    path = _BUNDLED / name
+    if not path.is_file():
+        raise FileNotFoundError(f"weight file {path} does not exist; is the installation complete?")
+    _verify(path, sha256)
+    return path
+
+
+def _from_hub(cfg: PretrainedCfg) -> Path:
+    path = Path(
+        hf_hub_download(
+            str(cfg.hf_hub_id), HUB_FILE, revision=cfg.hf_hub_revision, local_files_only=offline() is not None
+        )
+    )
+    _verify(path, cfg.sha256)
+    return path
+
+
+def _verify(path: Path, sha256: str | None, prefix: str | None = None) -> None:
+    if sha256 is None and prefix is None:
+        return
+    actual = sha256_of(path)
+    for expected in (sha256, prefix):
+        if expected and not actual.startswith(expected.lower()):
+            raise HashMismatch(f"{path} has SHA-256 {actual}, expected {expected}{'' if expected == sha256 else '...'}")
+
+
+# --- URLs -------------------------------------------------------------------------------------------------------------
+
+
+def cached_path(url: str, directory: Path) -> Path:
+    """Where the file of a URL is kept: its own name, after eight digits that tell apart URLs of the same file name."""
+    name = Path(unquote(urlsplit(url).path)).name or "weights"
+    return directory / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+
+
+def _from_urls(cfg: PretrainedCfg, url: str, directory: Path, failures: list[str]) -> Path:
+    path = cached_path(url, directory)
+    if _cached(path, cfg):
+        return path
+    if setting := offline():
+        raise DownloadError(
+            f"{setting} forbids the network and {path} is not there. Unset the variable, or put the file there by hand; "
+            f"it comes from {url}"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # of several processes one downloads, the others find the file
+            if not _cached(path, cfg):
+                _download_any((url, *cfg.mirrors), path, cfg, failures)
+    except PermissionError as error:
+        raise DownloadError(f"cannot write to {directory}: set DYHEAD_ZOO_CACHE to another directory") from error
+    return path
+
+
+def _cached(path: Path, cfg: PretrainedCfg) -> bool:
+    """Whether ``path`` is there and right; a wrong one is reported, and left for the download to replace."""
+    if not path.is_file():
+        return False
+    try:
+        _verify(path, cfg.sha256 or _recorded_hash(path), cfg.hash_prefix)
+    except HashMismatch as error:
+        if offline():
+            raise
+        _logger.warning("cached file is damaged or was changed, downloading it again: %s", error)
+        return False
+    if not (cfg.sha256 or cfg.hash_prefix or _recorded_hash(path)):  # put there by hand
+        _record_hash(path, sha256_of(path))
+    return True
+
+
+def _download_any(urls: tuple[str, ...], path: Path, cfg: PretrainedCfg, failures: list[str]) -> None:
+    """Download from the first URL that gives the right file, and put it at ``path`` in one step."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        for url in urls:
+            try:
+                _download(url, part)
+                _verify(part, cfg.sha256 or _recorded_hash(path), cfg.hash_prefix)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                failures.append(f"{url}: {_one_line(error)}")
+                continue
+            if not (cfg.sha256 or cfg.hash_prefix):
+                _record_hash(path, sha256_of(part))  # before the file: one without a record would be trusted anew
+            os.replace(part, path)
+            return
+    finally:
+        part.unlink(missing_ok=True)
+    raise DownloadError(_failure_message(failures, path))
+
+
+def _download(url: str, part: Path) -> None:
+    """Stream ``url`` into ``part``; a body shorter than announced, or a web page, is an OSError."""
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise ValueError("only http and https URLs are fetched")
+    request = urllib.request.Request(url, headers={"User-Agent": f"dyhead_zoo/{__version__}"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response, open(part, "wb") as file:
+        if response.headers.get_content_type() == "text/html":
+            raise OSError("the server sent a web page, not a file")
+        length = response.headers.get("Content-Length")
+        total = int(length) if length else None
+        with tqdm(total=total, unit="B", unit_scale=True, desc=part.stem, disable=None) as progress:
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                progress.update(len(chunk))
+        if total is not None and file.tell() != total:
+            raise OSError(f"connection closed after {file.tell()} of {total} bytes")
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _recorded_hash(path: Path) -> str | None:
+    sidecar = _sidecar(path)
+    return sidecar.read_text().strip() or None if sidecar.is_file() else None
+
+
+def _record_hash(path: Path, sha256: str) -> None:
+    temporary = _sidecar(path).with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(f"{sha256}\n")
+    os.replace(temporary, _sidecar(path))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _failure_message(failures: list[str], path: Path | None = None) -> str:
+    lines = "\n".join(f"  {failure}" for failure in failures)
+    by_hand = f"\nA file fetched by other means can be put at {path}" if path else ""
+    return f"no source gave the weights:\n{lines}{by_hand}"

@@ -1,0 +1,5 @@
+"""Detector families, one file each; importing this package registers their names."""
+
+from dyhead_zoo.models import atss
+
+__all__ = ["atss"]

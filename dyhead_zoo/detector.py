@@ -1,0 +1,208 @@
+"""The detector: backbone, neck and head behind four pure steps, ``forward``, ``loss``, ``decode`` and ``predict``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from dyhead_zoo.data.label_space import LabelSpace
+from dyhead_zoo.pretrained import PretrainedCfg
+from dyhead_zoo.structures import Detections, DetectionTensors, Target
+from dyhead_zoo.weights import ClassRows
+
+FORMAT_VERSION = 1
+"""Of ``Detector.config()``."""
+
+
+class RawOutput(Protocol):
+    """What every family's raw output carries besides its own tensors."""
+
+    @property
+    def image_sizes(self) -> Tensor: ...
+
+    @property
+    def canvas(self) -> tuple[int, int]: ...
+
+
+class Head(Protocol):
+    """What ``Detector`` asks of a head."""
+
+    def __call__(self, features: list[Tensor], image_sizes: Tensor, canvas: tuple[int, int]) -> RawOutput: ...
+
+    def loss(self, raw: Any, targets: list[Target]) -> dict[str, Tensor]: ...
+
+    def decode_tensors(self, raw: Any) -> DetectionTensors: ...
+
+    def class_rows(self) -> dict[str, ClassRows]: ...
+
+
+class Detector(nn.Module):
+    """Backbone, neck and head with the input protocol and the labels of its weights.
+
+    Build one with ``create_detector``.
+
+    Attributes:
+        name: the registered or grammar name.
+        arch: the arguments that built it, JSON-able.
+        pretrained_cfg: input protocol, label space and provenance.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        neck: nn.Module,
+        head: nn.Module,
+        *,
+        name: str,
+        arch: Mapping[str, Any],
+        pretrained_cfg: PretrainedCfg,
+        in_chans: int = 3,
+    ) -> None:
+        super().__init__()
+        self.name, self.arch, self.pretrained_cfg, self.in_chans = name, dict(arch), pretrained_cfg, in_chans
+        self.backbone, self.neck, self.head = backbone, neck, head
+        for key in ("mean", "std"):
+            values = torch.tensor(getattr(pretrained_cfg, key), dtype=torch.float32)
+            if len(values) != in_chans:
+                values = values.mean().repeat(in_chans)  # no statistics are known for other channels
+            self.register_buffer(key, values.view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def label_space(self) -> LabelSpace:
+        """Names and COCO ids of the labels."""
+        return self.pretrained_cfg.label_space
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return cast(Tensor, self.mean).device
+
+    def config(self) -> dict[str, Any]:
+        """JSON-able record that, with the state dict, gives the same detector again."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "arch": self.arch,
+            "pretrained_cfg": self.pretrained_cfg.to_dict(),
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade computation for memory in training: backbone stages and DyHead blocks are recomputed."""
+        for part in (self.backbone, self.neck):
+            part.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    def normalise(self, images: Tensor, image_sizes: Tensor | None) -> Tensor:
+        """Images (B, C, H, W) in 0..255 -> normalised float images, zero outside each picture."""
+        if self.pretrained_cfg.channel_order == "bgr" and self.in_chans == 3:
+            images = images.flip(1)
+        x = (images.to(cast(Tensor, self.mean).dtype) - self.mean) / self.std
+        if image_sizes is not None:
+            inside_y = torch.arange(x.shape[2], device=x.device)[None] < image_sizes[:, :1]
+            inside_x = torch.arange(x.shape[3], device=x.device)[None] < image_sizes[:, 1:]
+            x = x * (inside_y[:, None, :, None] & inside_x[:, None, None, :])
+        return x
+
+    def forward(self, images: Tensor, image_sizes: Tensor | None = None) -> RawOutput:
+        """Images to the family's raw output.
+
+        Args:
+            images: (B, in_chans, H, W), RGB, uint8 or float in 0..255, padded at the right and bottom.
+            image_sizes: (B, 2) int64, (height, width) of each picture in the canvas; the whole canvas by default.
+
+        Raises:
+            ValueError: for images of another shape or dtype.
+        """
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: expected (batch, {self.in_chans}, height, width) in 0..255"
+            )
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images of dtype {images.dtype}: use uint8, or floats in 0..255")
+        canvas = (images.shape[2], images.shape[3])
+        sizes = image_sizes
+        if sizes is None:
+            sizes = torch.tensor([canvas], device=images.device).expand(len(images), 2)
+        x = self.normalise(images, image_sizes)
+        return cast(Head, self.head)(self.neck(self.backbone(x)), sizes, canvas)
+
+    def loss(self, raw: RawOutput, targets: list[Target]) -> dict[str, Tensor]:
+        """Loss terms of a raw output; their sum is the loss. The same in train and eval mode.
+
+        Args:
+            raw: from ``forward``.
+            targets: one per image, boxes in pixels of the images given to ``forward``; may be without objects.
+
+        Raises:
+            ValueError: for targets that do not fit the images or the label space.
+        """
+        self._check_targets(raw, targets)
+        return cast(Head, self.head).loss(raw, targets)
+
+    def _check_targets(self, raw: RawOutput, targets: Sequence[Target]) -> None:
+        if len(targets) != len(raw.image_sizes):
+            raise ValueError(f"{len(targets)} targets for {len(raw.image_sizes)} images: give one each")
+        classes = len(self.label_space)
+        for i, target in enumerate(targets):
+            boxes, labels = target["boxes"], target["labels"]
+            if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+                raise ValueError(
+                    f"target {i}: boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)}, expected (N, 4) and (N,)"
+                )
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+                raise ValueError(f"target {i}: labels {labels.min()}..{labels.max()}, expected 0..{classes - 1}")
+
+    def decode_tensors(self, raw: RawOutput) -> DetectionTensors:
+        """Detections in fixed-size tensors, in pixels of the images given to ``forward``."""
+        return cast(Head, self.head).decode_tensors(raw)
+
+    def decode(self, raw: RawOutput) -> list[Detections]:
+        """Detections of each image, best first, in pixels of the images given to ``forward``."""
+        out = self.decode_tensors(raw)
+        return [
+            Detections(out.boxes[i, :n], out.scores[i, :n], out.labels[i, :n]) for i, n in enumerate(out.count.tolist())
+        ]
+
+    @torch.inference_mode()
+    def predict(self, images: Any, *, score_threshold: float = 0.0, batch_size: int = 1) -> list[Detections]:
+        """Detect objects in photos: resize, pad, forward, decode, and move the boxes back.
+
+        Args:
+            images: a path, PIL image, array or tensor (H, W, 3) / (3, H, W), or a list of such.
+            score_threshold: leave out detections below it.
+            batch_size: images per forward pass; only images of equal canvas share one.
+
+        Returns:
+            One ``Detections`` per image, in pixels of the image given, on the CPU.
+        """
+        from dyhead_zoo.data import prepare_images, read_image
+
+        inputs = list(images) if isinstance(images, (list, tuple)) else [images]
+        results: list[Detections] = [None] * len(inputs)  # type: ignore[list-item]
+        training = self.training
+        self.eval()
+        try:
+            for indices, batch in prepare_images([read_image(x) for x in inputs], self.pretrained_cfg, batch_size):
+                sizes = batch.image_sizes.to(self.device)
+                found = self.decode(self(batch.images.to(self.device), sizes))
+                for k, (index, detections) in enumerate(zip(indices, found, strict=True)):
+                    detections = Detections(detections.boxes.cpu(), detections.scores.cpu(), detections.labels.cpu())
+                    source, target = (tuple(s[k].tolist()) for s in (batch.image_sizes, batch.original_sizes))
+                    results[index] = detections.above(score_threshold).rescale(source, target)
+        finally:
+            self.train(training)
+        return results
+
+
+class TrainStep(nn.Module):
+    """Forward and loss in one module, so that DDP, FSDP, autocast and compile see everything that holds parameters."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor, image_sizes: Tensor, targets: list[Target]) -> dict[str, Tensor]:
+        """Loss terms of a batch, see ``Detector.loss``."""
+        return self.detector.loss(self.detector(images, image_sizes), targets)

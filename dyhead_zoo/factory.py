@@ -1,0 +1,197 @@
+"""From a name to a detector: ``create_detector``, and ``build_detector``, the one place that composes the parts."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dyhead_zoo import registry
+from dyhead_zoo.data.label_space import LabelSpace
+from dyhead_zoo.detector import FORMAT_VERSION, Detector
+from dyhead_zoo.layers.backbone import Backbone, backbone_data_config, resolve_backbone_name
+from dyhead_zoo.layers.fpn import Neck
+from dyhead_zoo.pretrained import PretrainedCfg
+from dyhead_zoo.weights import fetch, load_checkpoint
+
+_RESERVED = {"self", "name", "in_channels", "in_strides", "num_classes", "pretrained", "pad_divisor"}
+_TRAINING_ONLY = {"frozen_stages", "norm_eval", "freeze_norm", "drop_path", "score_threshold", "max_detections", "pre_nms"}
+
+
+def create_detector(
+    name: str,
+    pretrained: bool = False,
+    *,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | LabelSpace | None = None,
+    backbone: str | None = None,
+    in_chans: int = 3,
+    pretrained_backbone: bool | str | Path | Mapping[str, Tensor] | None = None,
+    checkpoint: str | Path | Mapping[str, Tensor] | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> Detector:
+    """Build a detector by name.
+
+    Args:
+        name: a registered name with an optional tag (``atss_resnet50_dyhead6.official_1x_coco``), a grammar name
+            (``atss_<any timm backbone>_dyhead<N>``), or ``local-dir:<folder>`` with ``config.json`` and
+            ``model.safetensors``.
+        pretrained: load the tag's weights: bundled, from the cache, or downloaded and verified.
+        num_classes: rows of the classifier; the classes stay unnamed unless they are the weights' own.
+        class_names: names of the classes, in the order of the labels. Rows of classes that the weights name too are
+            copied, the others are fresh.
+        backbone: another timm backbone, or a timm tag of the same one.
+        in_chans: channels of the images.
+        pretrained_backbone: ImageNet weights for the backbone: ``True`` downloads timm's; a file or state dict in timm's
+            layout works offline. Not used when detector weights are loaded.
+        checkpoint: detector weights of your own, see ``load_checkpoint``.
+        cache_dir: where downloads are kept; default ``$DYHEAD_ZOO_CACHE`` or ``~/.cache/dyhead_zoo``.
+        **kwargs: arguments of the backbone, neck or head, such as ``coarse_offsets='aligned'`` or ``frozen_stages=1``.
+
+    Returns:
+        The detector, in evaluation mode.
+
+    Raises:
+        UnknownDetectorError: for unknown names and tags, with similar ones.
+        ValueError: for arguments that no part knows, or that contradict the weights to be loaded.
+    """
+    user = dict(kwargs, num_classes=num_classes, class_names=class_names, backbone=backbone)
+    user.update(pretrained_backbone=pretrained_backbone, checkpoint=checkpoint, cache_dir=cache_dir)
+    user = {key: value for key, value in user.items() if value is not None}
+    if in_chans != 3:
+        user["in_chans"] = in_chans
+    scheme, _, rest = name.partition(":")
+    if scheme == "local-dir":
+        return _from_folder(Path(rest), user)
+    if "/" in name or "\\" in name or ":" in name:
+        raise registry.UnknownDetectorError(f"{name!r} is no detector name; for a folder use 'local-dir:{name}'")
+    arch, tag = registry.split_name(name)
+    if registry.is_detector(arch):
+        cfg = registry.get_pretrained_cfg(f"{arch}.{tag}" if tag else arch)
+        return registry.detector_entrypoint(arch)(pretrained, pretrained_cfg=cfg, **user)
+    family, backbone_name, dyhead = registry.parse_grammar(arch)
+    if tag:
+        raise registry.UnknownDetectorError(f"{arch} is not registered and has no weight tag {tag!r}")
+    return family(arch, pretrained, user, backbone=backbone_name, dyhead=dyhead)
+
+
+def _from_folder(folder: Path, user: dict[str, Any]) -> Detector:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: 'local-dir:' needs a folder with config.json and model.safetensors")
+    try:
+        config = json.loads(path.read_text())
+        version, arch = config["format_version"], dict(config["arch"])
+        cfg = PretrainedCfg.from_dict(config["pretrained_cfg"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a dyhead_zoo config: {error!r}") from error
+    if version > FORMAT_VERSION:
+        raise ValueError(f"{path} has format {version}, this dyhead_zoo reads up to {FORMAT_VERSION}: upgrade dyhead_zoo")
+    cfg = cfg.replace(file=str((folder / "model.safetensors").resolve()), source="native", arch={})
+    name = str(config["name"])
+    if registry.is_detector(name):
+        return registry.detector_entrypoint(name)(True, pretrained_cfg=cfg, **(arch | user))
+    family, _, _ = registry.parse_grammar(name)
+    return family(name, True, {"pretrained_cfg": cfg, **user}, **arch)
+
+
+def build_detector(
+    head_cls: type[nn.Module],
+    name: str,
+    pretrained: bool,
+    user: Mapping[str, Any],
+    **defaults: Any,
+) -> Detector:
+    """Compose backbone, neck and head, and load weights. Families call this with their head and defaults.
+
+    Arguments are flat; precedence: ``defaults`` < the cfg's ``arch`` < ``user``. Each goes to the part whose constructor
+    names it.
+    """
+    user = dict(user)
+    cfg: PretrainedCfg | None = user.pop("pretrained_cfg", None)
+    if cfg is None and registry.is_detector(name):
+        cfg = registry.get_pretrained_cfg(name)
+    cache_dir, checkpoint = user.pop("cache_dir", None), user.pop("checkpoint", None)
+    pretrained_backbone = user.pop("pretrained_backbone", False)
+    labels = _label_space(user.pop("num_classes", None), user.pop("class_names", None), cfg)
+    if pretrained:
+        _check_pretrained(name, cfg, user, defaults)
+    options = {**defaults, **(cfg.arch if cfg else {}), **user}
+    backbone_name = options["backbone"]
+    if cfg is None or backbone_name != defaults["backbone"]:
+        cfg = (cfg or PretrainedCfg()).replace(**backbone_data_config(backbone_name))
+    weights_cfg, cfg = cfg, cfg.with_labels(labels)
+
+    parts = _route({k: v for k, v in options.items() if k not in ("backbone", "in_chans")}, Backbone, Neck, head_cls)
+    in_chans = options.get("in_chans", 3)
+    loads_detector = pretrained or checkpoint is not None
+    backbone = Backbone(
+        backbone_name,
+        in_chans=in_chans,
+        pretrained=False if loads_detector else pretrained_backbone,
+        **parts[Backbone],
+    )
+    neck = Neck(backbone.channels, backbone.strides, **parts[Neck])
+    head = head_cls(neck.channels, neck.strides, len(labels), pad_divisor=cfg.pad_divisor, **parts[head_cls])
+    detector = Detector(backbone, neck, head, name=name, arch=options, pretrained_cfg=cfg, in_chans=in_chans)
+    if pretrained:
+        load_checkpoint(detector, fetch(weights_cfg, cache_dir), weights_cfg.source, label_space=weights_cfg.label_space)
+    if checkpoint is not None:
+        load_checkpoint(detector, checkpoint)
+    return detector.eval()
+
+
+def _check_pretrained(
+    name: str, cfg: PretrainedCfg | None, user: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    if cfg is None or not cfg.has_weights:
+        raise ValueError(
+            f"{name} has no published weights: use pretrained=False (and pretrained_backbone=True), or one of "
+            "list_pretrained()"
+        )
+    needed = {**defaults, **cfg.arch}
+    for key in set(user) & set(needed) - _TRAINING_ONLY:
+        same = user[key] == needed[key]
+        if key == "backbone":
+            same = resolve_backbone_name(user[key]).partition(".")[0] == resolve_backbone_name(needed[key]).partition(".")[0]
+        if not same:
+            raise ValueError(
+                f"{key}={user[key]!r} contradicts the weights of {name}, which need {key}={needed[key]!r}: "
+                "leave it out, or use pretrained=False"
+            )
+
+
+def _label_space(
+    num_classes: int | None, class_names: Sequence[str] | LabelSpace | None, cfg: PretrainedCfg | None
+) -> LabelSpace:
+    own = (cfg or PretrainedCfg()).label_space
+    if class_names is not None:
+        if isinstance(class_names, str):
+            raise ValueError(f"class_names={class_names!r}: give a list of names")
+        labels = class_names if isinstance(class_names, LabelSpace) else LabelSpace.from_names(class_names)
+        if num_classes not in (None, len(labels)):
+            raise ValueError(f"num_classes={num_classes} but {len(labels)} class names: leave num_classes out")
+        return LabelSpace.unnamed(0) if not len(labels) else labels
+    return own if num_classes in (None, len(own)) else LabelSpace.unnamed(int(num_classes or 0))
+
+
+def _route(options: Mapping[str, Any], *parts: type) -> dict[type, dict[str, Any]]:
+    """Give each option to the part whose constructor names it."""
+    known = {part: set(inspect.signature(part).parameters) - _RESERVED for part in parts}
+    routed: dict[type, dict[str, Any]] = {part: {} for part in parts}
+    for key, value in options.items():
+        owners = [part for part in parts if key in known[part]]
+        if not owners:
+            every = sorted(set().union(*known.values()))
+            close = difflib.get_close_matches(key, every, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"no part of the detector knows the argument {key!r}: {hint}Known: {', '.join(every)}")
+        for part in owners:
+            routed[part][key] = value
+    return routed

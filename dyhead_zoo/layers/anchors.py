@@ -1,0 +1,77 @@
+"""Anchors and points on a pyramid, and the box coding relative to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_LOG_SCALE = abs(math.log(16 / 1000))
+"""Limit of the predicted log size ratio, so that exp cannot overflow (detectron's and mmdet's constant)."""
+
+
+def grid_points(size: tuple[int, int], stride: int, offset: float, like: Tensor) -> Tensor:
+    """Points ``((x + offset) * stride, (y + offset) * stride)`` of a map of (height, width) ``size``: (H * W, 2), x first.
+
+    Rows run over y, then x; dtype float32 on the device of ``like``.
+    """
+    y = (torch.arange(size[0], device=like.device, dtype=torch.float32) + offset) * stride
+    x = (torch.arange(size[1], device=like.device, dtype=torch.float32) + offset) * stride
+    return torch.stack((x[None, :].expand(*size), y[:, None].expand(*size)), dim=-1).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class AnchorGenerator:
+    """Anchor boxes of each level.
+
+    Attributes:
+        strides: of the levels.
+        sizes: side of the square anchor of each level before ratios, one list per level (several scales).
+        ratios: height over width, at equal area.
+        offset: centre of the anchors within a cell, in cells: 0 at its corner (mmdet), 0.5 in its middle.
+    """
+
+    strides: Sequence[int]
+    sizes: Sequence[Sequence[float]]
+    ratios: Sequence[float] = (1.0,)
+    offset: float = 0.0
+
+    @property
+    def per_cell(self) -> int:
+        """Anchors of one cell."""
+        return len(self.sizes[0]) * len(self.ratios)
+
+    def __call__(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Anchors of each level's map (B, C, H, W): (H * W * A, 4) xyxy in pixels; order y, x, ratio, size."""
+        anchors = []
+        for x, stride, sizes in zip(features, self.strides, self.sizes, strict=True):
+            points = grid_points((x.shape[-2], x.shape[-1]), stride, self.offset, x)
+            shapes = [(size / math.sqrt(ratio), size * math.sqrt(ratio)) for ratio in self.ratios for size in sizes]
+            half = torch.tensor(shapes, device=x.device) / 2
+            corners = (points[:, None] - half, points[:, None] + half)
+            anchors.append(torch.cat(corners, dim=-1).reshape(-1, 4))
+        return anchors
+
+
+@dataclass(frozen=True)
+class DeltaCoder:
+    """Boxes as centre shifts and log size ratios relative to anchors (R-CNN, arXiv:1311.2524), divided by ``stds``."""
+
+    stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+
+    def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        """Deltas (..., 4) and anchors (..., 4) xyxy -> boxes (..., 4) xyxy, float32."""
+        deltas = deltas.float() * deltas.new_tensor(self.stds, dtype=torch.float32)
+        size = anchors[..., 2:] - anchors[..., :2]
+        centre = (anchors[..., :2] + anchors[..., 2:]) / 2 + deltas[..., :2] * size
+        half = deltas[..., 2:].clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp() * size / 2
+        return torch.cat((centre - half, centre + half), dim=-1)
+
+    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """Inverse of ``decode``: boxes and anchors (..., 4) xyxy -> deltas (..., 4)."""
+        size, box_size = anchors[..., 2:] - anchors[..., :2], boxes[..., 2:] - boxes[..., :2]
+        shift = (boxes[..., :2] + boxes[..., 2:] - anchors[..., :2] - anchors[..., 2:]) / (2 * size)
+        return torch.cat((shift, (box_size / size).log()), dim=-1) / boxes.new_tensor(self.stds)

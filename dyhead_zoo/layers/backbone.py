@@ -1,0 +1,287 @@
+"""Any timm backbone as the bottom of a detector: NCHW levels at the strides that the neck asks for.
+
+``Backbone.body`` has exactly the parameter names of ``timm.create_model(name, num_classes=0)`` (a subset where stages
+beyond the last level are pruned), so that any timm checkpoint drops in and a fine-tuned body goes back into timm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import adapt_input_conv, group_parameters
+from timm.models.resnet import Bottleneck
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from torch import Tensor, nn
+
+from dyhead_zoo.weights import read_state_dict
+
+ALIASES = {
+    "swin": "swin_tiny_patch4_window7_224",
+    "swin_large": "swin_large_patch4_window12_384",
+    "lite0": "tf_efficientnet_lite0",
+    "lite2": "tf_efficientnet_lite2",
+}
+"""Short backbone names that detectors use."""
+
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_MIN_INPUT = 32  # pixels; smaller canvases have no cell left at the coarse levels of most bodies
+
+
+class _DetectionSwinBlock(SwinTransformerBlock):
+    """Swin block as detectors use it: the map is padded to whole windows before it is rolled, not after.
+
+    The two orders differ wherever a map is not a multiple of the window. Detection Swins (and their published weights) pad
+    first; timm rolls first. Padding here leaves timm nothing to pad.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        pad_h, pad_w = -height % self.window_size[0], -width % self.window_size[1]
+        out: Tensor = super()._attn(F.pad(x, (0, 0, 0, pad_w, 0, pad_h)))
+        return out[:, :height, :width]
+
+
+def resolve_backbone_name(name: str) -> str:
+    """timm's name for a backbone, with its tag if one was given; aliases of ``ALIASES`` are replaced.
+
+    Raises:
+        ValueError: if timm has no such model; the message proposes similar names.
+    """
+    arch, _, tag = name.partition(".")
+    arch = ALIASES.get(arch, arch)
+    if not timm.is_model(arch):
+        import difflib
+
+        close = difflib.get_close_matches(arch, [*timm.list_models(), *ALIASES], n=3, cutoff=0.6)
+        hint = f" Did you mean {', '.join(close)}?" if close else " See timm.list_models()."
+        raise ValueError(f"timm has no backbone named {arch!r}.{hint}")
+    return f"{arch}.{tag}" if tag else arch
+
+
+def backbone_data_config(name: str) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation (in units of 0..255) that timm's weights of this backbone expect."""
+    cfg = timm.get_pretrained_cfg(resolve_backbone_name(name), allow_unregistered=False)
+    if cfg is None:
+        return {}
+    return {key: tuple(255 * v for v in getattr(cfg, key)) for key in ("mean", "std") if len(getattr(cfg, key)) == 3}
+
+
+def _size_kwargs(name: str, image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """Constructor arguments that let a body take the detector's input sizes."""
+    if image_size is not None:
+        return {"img_size": image_size}
+    cls = timm.model_entrypoint(name.partition(".")[0])
+    if cls.__module__.endswith("models.swin_transformer"):
+        return {"strict_img_size": False, "always_partition": True}
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is not None and cfg.fixed_input_size:
+        return {"dynamic_img_size": True}
+    return {}
+
+
+class Resample(nn.Module):
+    """A level that a body lacks, made from its nearest one: resized, then a 1x1 convolution.
+
+    Follows the simple feature pyramid of ViTDet (Li et al., arXiv:2203.16527) with resizing in place of strided and
+    transposed convolutions, so that any pair of strides (14 to 8, 16 to 32) works.
+
+    Shapes: (B, C, H, W) -> (B, C, h, w) for the ``size`` given.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        if size[0] < x.shape[-2]:
+            return self.proj(F.adaptive_avg_pool2d(x, size))
+        return self.proj(F.interpolate(x, size=size, mode="bilinear", align_corners=False))
+
+
+class Backbone(nn.Module):
+    """A timm model that returns one (B, C_k, ceil(H / s_k), ceil(W / s_k)) map for each stride s_k.
+
+    Args:
+        name: timm name, with or without a tag (``convnext_tiny.fb_in22k``), or an alias.
+        in_chans: channels of the image.
+        strides: of the levels wanted, fine to coarse. Where several feature maps of the body have a stride, the deepest
+            is taken; a stride that the body lacks is resampled from its nearest level.
+        pretrained: ``True`` for timm's weights (downloaded), a file in timm's layout, or a state dict.
+        image_size: (height, width) for bodies that work at one size only.
+        caffe: ResNet with the stride of a bottleneck in its first 1x1 convolution (weights of caffe origin).
+        out_norm: LayerNorm on each level; by default for bodies whose norms are LayerNorms.
+        frozen_stages: stem and stages up to this one are not trained; 0 freezes the stem, -1 nothing.
+        norm_eval: BatchNorm layers keep their running statistics in training.
+        freeze_norm: BatchNorm's weight and bias are not trained either (implies ``norm_eval``).
+        drop_path: stochastic depth rate.
+
+    Attributes:
+        channels, strides: of the levels returned.
+
+    Raises:
+        ValueError: for a name, stride or weight file that does not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        in_chans: int = 3,
+        strides: Sequence[int] = (8, 16, 32),
+        pretrained: bool | str | Path | Mapping[str, Tensor] = False,
+        image_size: tuple[int, int] | None = None,
+        caffe: bool = False,
+        out_norm: bool | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        freeze_norm: bool = False,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.name = resolve_backbone_name(name)
+        self.image_size = image_size
+        self.strides = tuple(strides)
+        kwargs: dict[str, Any] = {"in_chans": in_chans, "features_only": True, "feature_cls": "getter"}
+        kwargs |= _size_kwargs(self.name, image_size)
+        if drop_path:
+            kwargs["drop_path_rate"] = drop_path
+        with torch.device("meta"):
+            info = timm.create_model(self.name, out_indices=None, **kwargs).feature_info.info
+        reductions = [int(level["reduction"]) for level in info]
+        self._sources = [_nearest_level(reductions, stride) for stride in self.strides]
+        self._taps = sorted(set(self._sources))
+        getter = timm.create_model(self.name, pretrained=pretrained is True, out_indices=tuple(self._taps), **kwargs)
+        self.body: nn.Module = getter.model
+        self._take: list[int] = list(getter.out_indices)
+        self.channels = tuple(int(info[source]["num_chs"]) for source in self._sources)
+        self.body_divisor = max(reductions)
+        self.pyramid = nn.ModuleDict(
+            {
+                str(k): Resample(self.channels[k])
+                for k, (source, stride) in enumerate(zip(self._sources, self.strides, strict=True))
+                if reductions[source] != stride
+            }
+        )
+        if out_norm is None:
+            out_norm = _is_layer_normed(self.body)
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if out_norm else None
+        if isinstance(self.body, SwinTransformer):
+            for block in (b for b in self.body.modules() if type(b) is SwinTransformerBlock):
+                block.__class__ = _DetectionSwinBlock
+        if caffe:
+            _stride_in_first_conv(self.body, self.name)
+        if not isinstance(pretrained, bool):
+            _load_body(self.body, pretrained, in_chans, self.name)
+        self.norm_eval = norm_eval or freeze_norm
+        self._frozen_norms: list[nn.Module] = []
+        self._freeze(frozen_stages, freeze_norm)
+
+    def _freeze(self, frozen_stages: int, freeze_norm: bool) -> None:
+        if frozen_stages >= 0:
+            groups = group_parameters(self.body, self.body.group_matcher(coarse=True), reverse=True)
+            if frozen_stages > max(groups.values()):
+                raise ValueError(f"frozen_stages={frozen_stages}, but {self.name} has stages 0..{max(groups.values())}")
+            for key, parameter in self.body.named_parameters():
+                if groups[key] <= frozen_stages:
+                    parameter.requires_grad_(False)
+        norms = [m for m in self.body.modules() if isinstance(m, _BATCH_NORMS)]
+        if freeze_norm:
+            for norm in norms:
+                norm.requires_grad_(False)
+        self._frozen_norms = [m for m in norms if self.norm_eval or not any(p.requires_grad for p in m.parameters())]
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As in ``nn.Module``, but frozen BatchNorm layers stay in evaluation mode."""
+        super().train(mode)
+        for norm in self._frozen_norms:
+            norm.eval()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the body's stages in the backward pass instead of keeping their activations."""
+        self.body.set_grad_checkpointing(enable)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, in_chans, H, W), normalised -> one map per stride, fine to coarse.
+
+        Raises:
+            ValueError: for a canvas smaller than 32 pixels, or one that a fixed-size body cannot take.
+        """
+        height, width = images.shape[-2:]
+        if min(height, width) < _MIN_INPUT:
+            raise ValueError(f"the canvas is {height} x {width} px: pad images to at least {_MIN_INPUT} px a side")
+        if self.image_size is not None and (height, width) != tuple(self.image_size):
+            images = self._to_fixed_size(images)
+        taps = self.body.forward_intermediates(
+            images, indices=self._take, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
+        by_level = dict(zip(self._taps, taps, strict=True))
+        levels = []
+        for k, (source, stride) in enumerate(zip(self._sources, self.strides, strict=True)):
+            x = by_level[source]
+            if str(k) in self.pyramid:
+                x = self.pyramid[str(k)](x, (math.ceil(images.shape[-2] / stride), math.ceil(images.shape[-1] / stride)))
+            if self.norms is not None:
+                x = self.norms[k](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            levels.append(x)
+        return levels
+
+    def _to_fixed_size(self, images: Tensor) -> Tensor:
+        limit = self.image_size or (0, 0)
+        height, width = images.shape[-2:]
+        if height > limit[0] or width > limit[1]:
+            raise ValueError(
+                f"{self.name} was built for a canvas of {limit[0]} x {limit[1]} px and got {height} x {width}: "
+                f"resize the images, or build it with image_size=({height}, {width})"
+            )
+        return F.pad(images, (0, limit[1] - width, 0, limit[0] - height))
+
+
+def _nearest_level(reductions: Sequence[int], stride: int) -> int:
+    """Index of the deepest feature map at ``stride``, or else of the one nearest to it (the finer of two)."""
+    distance = [abs(math.log2(r / stride)) for r in reductions]
+    best = min(distance)
+    near = [i for i, d in enumerate(distance) if d == best]
+    finest = min(reductions[i] for i in near)
+    return max(i for i in near if reductions[i] == finest)
+
+
+def _is_layer_normed(body: nn.Module) -> bool:
+    kinds = [isinstance(m, nn.LayerNorm) for m in body.modules() if isinstance(m, (nn.LayerNorm, *_BATCH_NORMS))]
+    return bool(kinds) and all(kinds)
+
+
+def _stride_in_first_conv(body: nn.Module, name: str) -> None:
+    """Move the stride of each bottleneck from its 3x3 to its first 1x1 convolution."""
+    blocks = [m for m in body.modules() if isinstance(m, Bottleneck)]
+    if not blocks:
+        raise ValueError(f"caffe=True is for ResNets with bottlenecks; {name} has none")
+    for block in blocks:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+
+
+def _load_body(body: nn.Module, source: str | Path | Mapping[str, Tensor], in_chans: int, name: str) -> None:
+    """Load a classification checkpoint in timm's layout; every parameter of the body must be in it."""
+    where = "the state dict given" if isinstance(source, Mapping) else str(source)
+    state = dict(source) if isinstance(source, Mapping) else read_state_dict(Path(source))[0]
+    if in_chans != 3:
+        first = body.pretrained_cfg["first_conv"]  # type: ignore[index]
+        for conv in (first,) if isinstance(first, str) else first:
+            state[f"{conv}.weight"] = adapt_input_conv(in_chans, state[f"{conv}.weight"])
+    wanted = body.state_dict()
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    wrong = [
+        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in wanted.items() if k in state and state[k].shape != v.shape
+    ]
+    if missing or wrong:
+        raise ValueError(
+            f"{where} does not fit timm's {name}: {len(missing)} missing keys {missing[:5]}, "
+            f"{len(wrong)} of another shape {wrong[:5]}. It must be a timm checkpoint of that architecture"
+        )
+    body.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)

@@ -1,0 +1,274 @@
+"""Dynamic Head: scale-aware, spatial-aware and task-aware attention in one head.
+
+Paper: Dai et al., "Dynamic Head: Unifying Object Detection Heads with Attentions", CVPR 2021, arXiv:2106.08322.
+Code released with it: github.com/microsoft/DynamicHead (MIT). Both describe
+
+    W(F) = pi_C( pi_S( pi_L(F) . F ) . F ) . F        F in R^{L x S x C}                            (Eq. 2)
+
+but the released code, which every published weight was trained with, is not the paper. It never builds the L x S x C
+tensor; level l meets only its neighbours l-1 and l+1, and the order is spatial, then scale, then task:
+
+    | step                     | in                               | out                                             |
+    |--------------------------|----------------------------------|-------------------------------------------------|
+    | SpatialAttention, level l| x[l-1], x[l], x[l+1]             | 2 or 3 branches, each (B, C, H_l, W_l)          |
+    | ScaleAttention           | each branch (B, C, H_l, W_l)     | one number per image and branch: (B, 1, 1, 1)   |
+    | mean over the branches   | 2 or 3 x (B, C, H_l, W_l)        | (B, C, H_l, W_l)                                |
+    | TaskAttention            | (B, C, H_l, W_l)                 | (B, C, H_l, W_l), by 4 coefficients per channel |
+
+All weights of a block are shared by all levels, and a block has no residual connection.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dyhead_zoo.ops import modulated_deform_conv2d
+
+CoarseOffsets = Literal["reinterpret", "aligned"]
+_GROUPS = 16  # of GroupNorm, as in the released code
+
+
+class ScaleAttention(nn.Module):
+    """How much a branch counts, pi_L: one number in [0.5, 1] per image.
+
+    Paper (Eq. 3): ``sigma(f(1/(S C) sum_{S,C} F))`` with ``f`` a 1x1 convolution over the L levels and
+    ``sigma(x) = max(0, min(1, (x + 1) / 2))``. Released code, followed here: ``f`` maps the C pooled channels of one branch
+    to one number, then ReLU, then ``max(0, min(1, (x + 3) / 6))``; the ReLU is why the result is at least 0.5.
+
+    Shapes: (B, C, H, W) -> (B, 1, 1, 1).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Conv2d(channels, 1, 1)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardsigmoid(F.relu(self.fc(x.mean((2, 3), keepdim=True))))
+
+
+class TaskAttention(nn.Module):
+    """Which channels a task uses, pi_C: a dynamic ReLU (DY-ReLU-B, Chen et al., arXiv:2003.10027) per image and channel.
+
+    Paper (Eq. 5): ``max(a1 F_c + b1, a2 F_c + b2)`` with ``[a1, a2, b1, b2] = theta(F)``, theta = average pooling over
+    L x S, two fully connected layers, normalisation and a sigmoid shifted to [-1, 1]. Released code, followed here: pooling
+    over the S of one level; hard sigmoid ``(x + 3) / 6``; a1 in [0, 2], a2 in [-1, 1], b1 and b2 in [-0.5, 0.5].
+    At ``theta = 1/2`` this is a ReLU (a1 = 1, the rest 0).
+
+    Shapes: (B, C, H, W) -> (B, C, H, W); ``coefficients``: (B, C) -> 4 x (B, C), in the order a1, b1, a2, b2.
+    """
+
+    def __init__(self, channels: int, reduction: int = 4) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, channels // reduction)
+        self.fc2 = nn.Linear(channels // reduction, 4 * channels)
+
+    def coefficients(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four coefficients of each image and channel, from the pooled features (B, C)."""
+        theta = F.hardsigmoid(self.fc2(F.relu(self.fc1(pooled)))) - 0.5
+        a1, b1, a2, b2 = theta.chunk(4, dim=1)
+        return 2 * a1 + 1, b1, 2 * a2, b2
+
+    def forward(self, x: Tensor) -> Tensor:
+        a1, b1, a2, b2 = (c[:, :, None, None] for c in self.coefficients(x.mean((2, 3))))
+        return torch.maximum(x * a1 + b1, x * a2 + b2)
+
+
+class DeformConv3x3(nn.Module):
+    """Parameters of a modulated deformable 3x3 convolution (DCNv2) whose offsets and mask come from elsewhere.
+
+    Shapes: x (B, C, H, W), offset (B, 18, h, w) in (dy, dx) pairs, mask (B, 9, h, w) -> (B, C_out, h, w), where
+    (h, w) is the size of a dense 3x3 convolution with this stride and padding 1.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.stride = stride
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        bound = 1 / math.sqrt(9 * in_channels)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        return modulated_deform_conv2d(x, offset, mask, self.weight, self.bias, stride=self.stride, padding=1)
+
+
+class SpatialAttention(nn.Module):
+    """Where to look, pi_S: modulated deformable convolutions on a level and on its two neighbours.
+
+    Paper (Eq. 4): ``1/L sum_l sum_k w_{l,k} F(l; p_k + dp_k; c) dm_k``, summed over all L levels, resized to the median
+    level from which dp and dm are learned. Released code, followed here, for level l:
+
+        mid   x[l]    stride 1                           -> GroupNorm
+        low   x[l-1]  stride 2 (the finer level)         -> GroupNorm
+        high  x[l+1]  stride 1 (the coarser level)       -> GroupNorm -> bilinear upsampling to level l
+
+    with one set of offsets and masks, computed from x[l], for all three.
+
+    The high branch needs them at the size (h, w) of level l+1, but they have the size (H, W) of level l.
+    ``coarse_offsets`` says what happens:
+
+    * ``'reinterpret'``: what the released kernels do and the published weights depend on. They address the buffer with
+      the strides of the smaller map: the first ``18 h w`` numbers of each image's offsets are read as an (18, h, w) map
+      (masks likewise), so that channels and positions are mixed (microsoft/DynamicHead issue 25).
+    * ``'aligned'``: offsets and masks are average-pooled to (h, w); one unit stays one pixel of the map that is sampled.
+
+    Shapes: L x (B, C, H_l, W_l) -> for each level its 1 to 3 branches, each (B, C_out, H_l, W_l).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        deformable: bool = True,
+        coarse_offsets: CoarseOffsets = "aligned",
+        zero_init_offset: bool = True,
+    ) -> None:
+        super().__init__()
+        if coarse_offsets not in ("reinterpret", "aligned"):
+            raise ValueError(f"coarse_offsets={coarse_offsets!r}: use 'reinterpret' (released weights) or 'aligned'")
+        self.coarse_offsets = coarse_offsets
+        self.offset = nn.Conv2d(in_channels, 27, 3, padding=1) if deformable else None
+        if self.offset is not None and zero_init_offset:
+            nn.init.zeros_(self.offset.weight)
+            nn.init.zeros_(self.offset.bias)
+        for branch, stride in (("high", 1), ("mid", 1), ("low", 2)):
+            conv: nn.Module = (
+                DeformConv3x3(in_channels, out_channels, stride)
+                if deformable
+                else nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
+            )
+            self.add_module(f"conv_{branch}", conv)
+            self.add_module(f"norm_{branch}", nn.GroupNorm(_GROUPS, out_channels))
+
+    def _coarse(self, field: Tensor, size: tuple[int, int]) -> Tensor:
+        """Offsets or masks (B, K, H, W) of a level for its coarser neighbour of ``size``: (B, K, h, w)."""
+        if self.coarse_offsets == "aligned":
+            return F.adaptive_avg_pool2d(field, size)
+        batch, channels = field.shape[:2]
+        return field.flatten(1)[:, : channels * size[0] * size[1]].reshape(batch, channels, *size)
+
+    def _branch(self, name: str, x: Tensor, field: tuple[Tensor, Tensor] | None) -> Tensor:
+        conv, norm = getattr(self, f"conv_{name}"), getattr(self, f"norm_{name}")
+        return norm(conv(x, *field) if field else conv(x))
+
+    def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
+        levels = []
+        for level, x in enumerate(features):
+            field = None
+            if self.offset is not None:
+                predicted = self.offset(x).float()
+                field = predicted[:, :18], predicted[:, 18:].sigmoid()
+            branches = [self._branch("mid", x, field)]
+            if level > 0:
+                branches.append(self._branch("low", features[level - 1], field))
+            if level + 1 < len(features):
+                coarse = features[level + 1]
+                size = coarse.shape[-2:]
+                coarse_field = field and (self._coarse(field[0], size), self._coarse(field[1], size))
+                high = self._branch("high", coarse, coarse_field)
+                branches.append(F.interpolate(high, size=x.shape[-2:], mode="bilinear", align_corners=True))
+            levels.append(branches)
+        return levels
+
+
+class DyHeadBlock(nn.Module):
+    """One block in the released formulation; see the module docstring for the order and the shapes.
+
+    ``scale``, ``spatial`` and ``task`` switch the three attentions (Table 1 of the paper): without ``scale`` the branches
+    are averaged, without ``spatial`` the convolutions are ordinary ones, without ``task`` a ReLU follows.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        scale: bool = True,
+        spatial: bool = True,
+        task: bool = True,
+        coarse_offsets: CoarseOffsets = "aligned",
+        zero_init_offset: bool = True,
+    ) -> None:
+        super().__init__()
+        self.spatial = SpatialAttention(
+            in_channels,
+            out_channels,
+            deformable=spatial,
+            coarse_offsets=coarse_offsets,
+            zero_init_offset=zero_init_offset,
+        )
+        self.scale = ScaleAttention(out_channels) if scale else None
+        self.task = TaskAttention(out_channels) if task else nn.ReLU()
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse."""
+        outputs = []
+        for branches in self.spatial(features):
+            if self.scale is not None:
+                branches = [self.scale(branch) * branch for branch in branches]
+            outputs.append(self.task(sum(branches[1:], branches[0]) / len(branches)))
+        return outputs
+
+
+class DyHead(nn.Module):
+    """``num_blocks`` DyHead blocks on a feature pyramid.
+
+    Args:
+        in_channels: C of the pyramid.
+        out_channels: C of every block's output; defaults to ``in_channels``. A multiple of 16.
+        num_blocks: depth; the paper's best is 6.
+        scale, spatial, task, coarse_offsets, zero_init_offset: see ``DyHeadBlock`` and ``SpatialAttention``.
+
+    Raises:
+        ValueError: for channels that GroupNorm's 16 groups do not divide, or fewer than one block.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        num_blocks: int = 6,
+        *,
+        scale: bool = True,
+        spatial: bool = True,
+        task: bool = True,
+        coarse_offsets: CoarseOffsets = "aligned",
+        zero_init_offset: bool = True,
+    ) -> None:
+        super().__init__()
+        out_channels = out_channels or in_channels
+        if out_channels % _GROUPS:
+            raise ValueError(f"DyHead with {out_channels} channels: use a multiple of {_GROUPS} (its GroupNorm groups)")
+        if num_blocks < 1:
+            raise ValueError(f"DyHead with {num_blocks} blocks: use at least 1, or a name without '_dyhead'")
+        self.grad_checkpointing = False
+        self.blocks = nn.ModuleList(
+            DyHeadBlock(
+                in_channels if i == 0 else out_channels,
+                out_channels,
+                scale=scale,
+                spatial=spatial,
+                task=task,
+                coarse_offsets=coarse_offsets,
+                zero_init_offset=zero_init_offset,
+            )
+            for i in range(num_blocks)
+        )
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse."""
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                features = checkpoint(block, features, use_reentrant=False)
+            else:
+                features = block(features)
+        return features

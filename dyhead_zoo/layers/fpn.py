@@ -1,0 +1,122 @@
+"""Feature pyramid network, and the neck that puts DyHead on top of it.
+
+Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, arXiv:1612.03144; P6 and P7 by strided
+convolutions as in RetinaNet, arXiv:1708.02002.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyhead_zoo.layers.dyhead import CoarseOffsets, DyHead
+
+ExtraLevels = Literal["p5", "c5", "pool"]
+
+
+class FPN(nn.Module):
+    """Backbone levels C_l to a pyramid P_l with equal channels, plus coarser levels by stride 2.
+
+    Args:
+        in_channels: channels of the backbone levels, fine to coarse.
+        out_channels: channels of every pyramid level.
+        num_extra: how many coarser levels to add.
+        extra_from: ``'p5'``: a 3x3 stride-2 convolution of the last pyramid level; ``'c5'``: of the last backbone level;
+            ``'pool'``: every second cell of the last pyramid level (max pooling with kernel 1), without parameters.
+        extra_relu: ReLU before the second and later extra convolutions.
+
+    Shapes: L x (B, C_l, H_l, W_l) -> (L + num_extra) x (B, out_channels, ., .), fine to coarse.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int = 256,
+        *,
+        num_extra: int = 2,
+        extra_from: ExtraLevels = "p5",
+        extra_relu: bool = False,
+    ) -> None:
+        super().__init__()
+        if extra_from not in ("p5", "c5", "pool"):
+            raise ValueError(f"extra_from={extra_from!r}: use 'p5', 'c5' or 'pool'")
+        self.num_extra, self.extra_from, self.extra_relu = num_extra, extra_from, extra_relu
+        self.lateral = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in in_channels)
+        self.output = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
+        self.extra = nn.ModuleList()
+        if extra_from != "pool":
+            first = in_channels[-1] if extra_from == "c5" else out_channels
+            self.extra.extend(
+                nn.Conv2d(first if i == 0 else out_channels, out_channels, 3, 2, padding=1) for i in range(num_extra)
+            )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        inner = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
+        for i in range(len(inner) - 1, 0, -1):
+            inner[i - 1] = inner[i - 1] + F.interpolate(inner[i], size=inner[i - 1].shape[-2:], mode="nearest")
+        outputs = [output(x) for output, x in zip(self.output, inner, strict=True)]
+        x = features[-1] if self.extra_from == "c5" else outputs[-1]
+        for i in range(self.num_extra):
+            if self.extra_from == "pool":
+                x = x[:, :, ::2, ::2]
+            else:
+                x = self.extra[i](F.relu(x) if self.extra_relu and i > 0 else x)
+            outputs.append(x)
+        return outputs
+
+
+class Neck(nn.Module):
+    """FPN, then DyHead if ``dyhead`` blocks are asked for: what stands between a backbone and a head.
+
+    ``strides`` are those of the pyramid: the backbone's, then doubling. Arguments as in ``FPN`` and ``DyHead``.
+
+    Shapes: L x (B, C_l, H_l, W_l) -> (L + num_extra) x (B, channels, ., .), fine to coarse.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        in_strides: Sequence[int],
+        *,
+        channels: int = 256,
+        num_extra: int = 2,
+        extra_from: ExtraLevels = "p5",
+        extra_relu: bool = False,
+        dyhead: int = 0,
+        scale: bool = True,
+        spatial: bool = True,
+        task: bool = True,
+        coarse_offsets: CoarseOffsets = "aligned",
+        zero_init_offset: bool = True,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.strides = (*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(num_extra)))
+        self.fpn = FPN(in_channels, channels, num_extra=num_extra, extra_from=extra_from, extra_relu=extra_relu)
+        self.dyhead: DyHead | None = None
+        if dyhead:
+            self.dyhead = DyHead(
+                channels,
+                num_blocks=dyhead,
+                scale=scale,
+                spatial=spatial,
+                task=task,
+                coarse_offsets=coarse_offsets,
+                zero_init_offset=zero_init_offset,
+            )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each DyHead block in the backward pass instead of keeping its activations."""
+        if self.dyhead is not None:
+            self.dyhead.grad_checkpointing = enable
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        pyramid = self.fpn(features)
+        return pyramid if self.dyhead is None else self.dyhead(pyramid)

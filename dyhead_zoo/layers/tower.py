@@ -1,0 +1,33 @@
+"""Stacks of convolutions before the predictions of a dense head."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+
+def prior_bias(probability: float) -> float:
+    """Bias of a sigmoid classifier that starts at this probability (Lin et al., arXiv:1708.02002, section 4.1)."""
+    return -math.log((1 - probability) / probability)
+
+
+class ConvNormAct(nn.Module):
+    """3x3 convolution, GroupNorm with 32 groups, ReLU. Shapes: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.GroupNorm(32, channels)
+        self.act = nn.ReLU(inplace=True)
+        nn.init.normal_(self.conv.weight, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class ConvTower(nn.Sequential):
+    """``depth`` times ``ConvNormAct``; with depth 0 the features pass unchanged."""
+
+    def __init__(self, channels: int, depth: int) -> None:
+        super().__init__(*(ConvNormAct(channels) for _ in range(depth)))

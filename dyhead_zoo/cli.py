@@ -96,7 +96,7 @@ def run_list(args: argparse.Namespace) -> int:
     """Print a table of names, tags and where their weights come from."""
     from dyhead_zoo import get_pretrained_cfg, list_detectors
 
-    names = list_detectors(args.filter, pretrained=args.pretrained, exclude_filters=args.exclude)
+    names = list_detectors(args.filter, pretrained=args.pretrained, exclude=args.exclude)
     if not names:
         raise ValueError(f"no detector matches {args.filter!r}: dyhead-zoo list shows all names")
     width = max(map(len, names))
@@ -129,8 +129,8 @@ def _add_predict(verbs: Any) -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "predict",
         help="detect objects in pictures",
-        description="Detect objects in pictures; write annotated copies and predictions.json (COCO format). Files of an "
-        "earlier run are overwritten. Exit status 1: some pictures could not be read.",
+        description="Detect objects in pictures; write annotated copies and predictions.json (COCO format). Files of "
+        "an earlier run are overwritten. Exit status 1: some pictures could not be read.",
     )
     verb.add_argument(
         "inputs",
@@ -294,7 +294,9 @@ def run_train(args: argparse.Namespace) -> int:
 
 def _add_setting(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
     """One flag of a training setting: its type, choices, default and help come from the field."""
-    flag, text = "--" + field.name.replace("_", "-"), f"{field.metadata['help']}; default: {field.default}"
+    flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+    if field.default is not None:
+        text += f"; default: {field.default}"
     if hint is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
     elif typing.get_origin(hint) is typing.Literal:

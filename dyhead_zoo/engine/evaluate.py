@@ -118,7 +118,9 @@ def evaluate(
     """
     from dyhead_zoo.data.coco import CocoDataset
 
-    dataset = CocoDataset(images, annotations, max_images=max_images)
+    dataset = CocoDataset(images, annotations)
+    if max_images is not None:
+        dataset = _First(dataset, max_images)  # type: ignore[assignment]
     content = read_annotations(annotations)
     unknown = _unknown_classes(detector.label_space, content["categories"])
     start = time.perf_counter()
@@ -166,13 +168,12 @@ def predict_dataset(
     from dyhead_zoo.data.loader import make_eval_loader
 
     rank, world_size = _rank_and_world_size()
-    loader = make_eval_loader(dataset, detector.cfg, batch_size, num_workers, rank, world_size)
+    loader = make_eval_loader(dataset, detector.pretrained_cfg, batch_size, num_workers, rank, world_size)
     to_category = _category_ids_by_name(detector.label_space, dataset.label_space)
-    device = next(detector.parameters()).device
     by_image: dict[int, list[Record]] = {}
     with _eval_mode(detector), torch.inference_mode():
         for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress or rank != 0):
-            found = detector.decode(detector(batch.images.to(device), batch.image_sizes.to(device)))
+            found = detector.decode(detector(batch.images.to(detector.device), batch.image_sizes.to(detector.device)))
             sizes = zip(batch.image_sizes.tolist(), batch.original_sizes.tolist(), strict=True)
             for image_id, detections, (from_size, to_size) in zip(batch.image_ids, found, sizes, strict=True):
                 detections = detections.above(score_threshold).rescale(tuple(from_size), tuple(to_size))
@@ -230,7 +231,7 @@ def read_annotations(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no annotation file at {path}")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     missing = [k for k in ("images", "annotations", "categories") if not isinstance(content, dict) or k not in content]
@@ -251,6 +252,21 @@ def resolve_backend(backend: Backend) -> Literal["pycocotools", "hotcoco"]:
     if backend == "hotcoco" and not installed:
         raise ValueError("evaluation backend hotcoco is not installed: pip install 'dyhead-zoo[eval]'")
     return "hotcoco" if installed and backend != "pycocotools" else "pycocotools"
+
+
+class _First:
+    """The first images of a data set, which it is otherwise."""
+
+    def __init__(self, dataset: CocoDataset, count: int) -> None:
+        if count < 1:
+            raise ValueError(f"max_images={count}: evaluate at least one image")
+        self._dataset, self.image_ids = dataset, dataset.image_ids[:count]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
 
 
 def _run_cocoeval(ground_truth: dict[str, Any], records: list[Record], image_ids: list[int], backend: Backend) -> Any:
@@ -280,14 +296,15 @@ def _complete(content: Mapping[str, Any], image_ids: set[int]) -> dict[str, Any]
     """The ground truth of some images with every field that COCOeval reads, and nothing else."""
     annotations = []
     for number, annotation in enumerate((a for a in content["annotations"] if a["image_id"] in image_ids), start=1):
-        width, height = annotation["bbox"][2:]
+        area = annotation.get("area")
+        _, _, width, height = annotation["bbox"]
         annotations.append(
             {
                 "id": number,
                 "image_id": annotation["image_id"],
                 "category_id": annotation["category_id"],
                 "bbox": annotation["bbox"],
-                "area": annotation.get("area", width * height),
+                "area": width * height if area is None else area,
                 "iscrowd": annotation.get("iscrowd", 0),
             }
         )

@@ -176,14 +176,14 @@ def _check_output(output: Path, files: Iterable[Path], pictures: Iterable[str]) 
 
 def _read_images(paths: Sequence[Path], failed: dict[str, str]) -> dict[Path, Tensor]:
     """Pictures (3, H, W) uint8 by path; those that cannot be read go to ``failed``."""
-    from dyhead_zoo.data.transforms import read_image
+    from dyhead_zoo.data.images import read_image
 
     images: dict[Path, Tensor] = {}
     for path in paths:
         try:
             images[path] = read_image(path)
-        except Exception as error:  # decoders raise whatever a broken file leads them to
-            failed[str(path)] = f"{type(error).__name__}: {error}"
+        except (OSError, ValueError) as error:
+            failed[str(path)] = str(error)
     return images
 
 

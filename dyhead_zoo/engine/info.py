@@ -1,0 +1,99 @@
+"""What a detector costs and where it comes from, as text."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torchvision  # noqa: F401  (registers torch.ops.torchvision)
+from torch.utils.flop_counter import FlopCounterMode
+
+from dyhead_zoo.detector import Detector
+from dyhead_zoo.factory import create_detector
+from dyhead_zoo.pretrained import PretrainedCfg
+
+
+def count_parameters(detector: Detector) -> int:
+    """Number of weights, buffers such as running means left out."""
+    return sum(p.numel() for p in detector.parameters())
+
+
+def count_macs(detector: Detector, height: int, width: int) -> int:
+    """Multiply-adds of one forward pass on one image of ``height`` x ``width`` pixels, decoding left out.
+
+    Counted are convolutions, deformable ones included, and matrix products; not counted are normalisation, activations,
+    pooling and the bilinear sampling of deformable convolutions, as in the tables of most papers. The pass runs on the
+    meta device: shapes only, no arithmetic.
+    """
+    shadow = copy.deepcopy(detector).to("meta").eval()
+    images = torch.empty(1, detector.in_chans, height, width, dtype=torch.uint8, device="meta")
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_conv_flops})
+    with counter, torch.no_grad():
+        shadow(images)
+    return counter.get_total_flops() // 2
+
+
+def _deform_conv_flops(
+    x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
+) -> int:
+    """Those of the dense convolution of the same shape, two for each multiply-add."""
+    return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
+
+
+def canvas_of(cfg: PretrainedCfg) -> tuple[int, int]:
+    """(height, width) of the canvas of a landscape image that fills the input protocol of a cfg."""
+    short, long = (math.ceil(side / cfg.pad_divisor) * cfg.pad_divisor for side in (cfg.short_side, cfg.long_side))
+    return short, long
+
+
+def describe(name: str) -> str:
+    """Size, cost, labels, input, source and figures of a named detector; its weights are not loaded."""
+    detector = create_detector(name)
+    cfg = detector.pretrained_cfg
+    height, width = canvas_of(cfg)
+    rows = {
+        "name": name,
+        "description": cfg.description,
+        "parameters": f"{count_parameters(detector) / 1e6:.2f} M",
+        "multiply-adds": f"{count_macs(detector, height, width) / 1e9:.1f} G on {height} x {width} pixels",
+        "classes": _classes(cfg),
+        "input": _input(cfg),
+        "weights": _weights(cfg),
+        "license": cfg.license or "",
+        "reported": _figures(cfg.reported, cfg.reported_by, "by"),
+        "measured": _figures(cfg.measured, cfg.measured_on, "on"),
+        "papers": ", ".join(f"arXiv:{paper}" for paper in cfg.paper_ids),
+    }
+    return "\n".join(f"{title + ':':<15}{text}" for title, text in rows.items() if text)
+
+
+def _classes(cfg: PretrainedCfg) -> str:
+    names = cfg.class_names
+    shown = ", ".join(names[:5])
+    return f"{len(names)} ({shown}{', ..' if len(names) > 5 else ''})"
+
+
+def _input(cfg: PretrainedCfg) -> str:
+    return (
+        f"shorter side {cfg.short_side}, longer at most {cfg.long_side} pixels, {cfg.interpolation}, padded to a "
+        f"multiple of {cfg.pad_divisor}; {cfg.channel_order.upper()} in 0..255, normalised by the model"
+    )
+
+
+def _weights(cfg: PretrainedCfg) -> str:
+    places = {
+        "bundled": f"bundled: {cfg.file}, in the package",
+        "hub": f"hub: {cfg.hf_hub_id}",
+        "url": f"url: {cfg.url} (published by its authors; not checked whether it is still there)",
+    }
+    return places.get(cfg.status, "none: train it, or give a checkpoint")
+
+
+def _figures(figures: Mapping[str, float], origin: str | None, word: str) -> str:
+    """``AP 42.0 (by X)``; who says so is part of a figure."""
+    if not figures:
+        return ""
+    return ", ".join(f"{key} {value:g}" for key, value in figures.items()) + (f" ({word} {origin})" if origin else "")

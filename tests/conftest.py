@@ -1,0 +1,37 @@
+"""What all tests share: reproducible numbers, one thread, and reference data that not every machine has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def _reference(variable: str) -> Path:
+    if variable not in os.environ:
+        pytest.skip(f"reference data: set {variable} to its folder")
+    folder = Path(os.environ[variable])
+    if not folder.is_dir():
+        pytest.fail(f"{variable}={folder} is no folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Photos, annotations and published COCOeval figures; ``DYHEAD_ZOO_DATA`` names the folder."""
+    return _reference("DYHEAD_ZOO_DATA")
+
+
+@pytest.fixture(scope="session")
+def parity_dir() -> Path:
+    """Reference outputs of other implementations; ``DYHEAD_ZOO_PARITY`` names the folder."""
+    return _reference("DYHEAD_ZOO_PARITY")

@@ -1,0 +1,116 @@
+"""Converted weights give mmdetection's features, raw outputs, detections and losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity_kit import Case, assert_near, assert_same_detections
+
+from dyhead_zoo import create_detector, get_pretrained_cfg, load_checkpoint
+from dyhead_zoo.convert.mmdet import convert_mmdet
+from dyhead_zoo.layers.dyhead import DyHead
+
+_SWIN = dict(get_pretrained_cfg("atss_swin_large_dyhead6").arch)
+CASES = {
+    "atss_r50": ("atss_resnet50.mmdet_1x_coco", {}),
+    "atss_r50_dyhead": ("atss_resnet50_dyhead6.mmdet_1x_coco", {}),
+    "atss_r50_caffe_dyhead": ("atss_resnet50_dyhead6.mmdet_caffe_1x_coco", {}),
+    "atss_swin_t_dyhead": ("atss_swin_dyhead2", {**_SWIN, "pretrained_cfg": get_pretrained_cfg("atss_swin_large_dyhead6")}),
+}
+GRAD_NAMES = {
+    "backbone.layer4.0.conv2.weight": "backbone.body.layer4.0.conv2.weight",
+    "backbone.stages.2.blocks.1.attn.w_msa.qkv.weight": "backbone.body.layers.2.blocks.1.attn.qkv.weight",
+    "neck.1.dyhead_blocks.0.spatial_conv_offset.weight": "neck.dyhead.blocks.0.spatial.offset.weight",
+    "neck.lateral_convs.0.conv.weight": "neck.fpn.lateral.0.weight",
+    "bbox_head.cls_convs.0.conv.weight": "head.cls_tower.0.conv.weight",
+    "bbox_head.atss_cls.weight": "head.cls_logits.weight",
+    "bbox_head.scales.1.scale": "head.scales",
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    kit = Case(request.param)
+    name, arguments = CASES[request.param]
+    detector = create_detector(name, **arguments)
+    load_checkpoint(detector, kit.state_dict(), source="mmdet")
+    return kit, detector
+
+
+@pytest.mark.parametrize("batch", ["a", "b"])
+def test_features_outputs_and_detections(case, batch):
+    kit, detector = case
+    if batch not in kit.batches:
+        pytest.skip("this batch is only in the full folder of reference outputs")
+    reference = {k.removeprefix(f"{batch}."): v for k, v in kit.outputs.items() if k.startswith(f"{batch}.")}
+    images, sizes = kit.pictures(kit.batches[batch])
+    with torch.no_grad():
+        x = detector.normalise(images, sizes)
+        assert list(x.shape) == reference["input_shape"].tolist()
+        assert_near(x[:, :, ::16, ::16], reference["input_sample"], "input")
+        features = detector.backbone(x)
+        first = min(int(k.rpartition(".")[2]) for k in reference if k.startswith("backbone."))
+        skipped = sum(k.startswith("backbone.") for k in reference) - len(features)
+        for i, feature in enumerate(features):
+            assert_near(feature[:, :8], reference[f"backbone.{first + skipped + i}"], f"backbone {i}")
+        for i, level in enumerate(detector.neck.fpn(features)):
+            assert_near(level[:, :16], reference[f"fpn.{i}"], f"fpn {i}")
+        for i, level in enumerate(detector.neck(features) if "dyhead.0" in reference else []):
+            assert_near(level[:, :16], reference[f"dyhead.{i}"], f"dyhead {i}")
+        raw = detector(images, sizes)
+        for key, levels in (("cls", raw.cls_logits), ("reg", raw.box_deltas), ("ctr", raw.centerness)):
+            for i, level in enumerate(levels):
+                assert_near(level, reference[f"{key}.{i}"], f"{key} {i}")
+        for i, detections in enumerate(detector.decode(raw)):
+            assert len(detections) > 0
+            assert_same_detections(
+                detections, {k: reference[f"det.{k}.{i}"] for k in ("boxes", "scores", "labels")}
+            )
+
+
+def test_losses_and_gradients(case):
+    kit, detector = case
+    images, sizes = kit.pictures(kit.losses["images"])
+    targets = [
+        {"boxes": torch.tensor(gt["boxes"]), "labels": torch.tensor(gt["labels"])} for gt in kit.losses["gt"]
+    ]
+    for parameter in detector.parameters():
+        parameter.requires_grad_(True)
+    losses = detector.loss(detector(images, sizes), targets)
+    for ours, theirs in (("loss_cls", "loss_cls"), ("loss_box", "loss_bbox"), ("loss_centerness", "loss_centerness")):
+        expected = torch.tensor(sum(kit.losses["losses"][theirs]))
+        torch.testing.assert_close(losses[ours].detach(), expected, rtol=1e-4, atol=1e-6)
+    total = sum(losses.values())
+    torch.testing.assert_close(total.detach(), torch.tensor(kit.losses["total"]), rtol=1e-4, atol=1e-6)
+    total.backward()
+    parameters = dict(detector.named_parameters())
+    for name, norm in kit.losses["grad_norms"].items():
+        gradient = parameters[GRAD_NAMES[name]].grad
+        gradient = gradient[int(name.split(".")[2])] if "scales" in name else gradient
+        torch.testing.assert_close(gradient.norm(), torch.tensor(norm), rtol=2e-3, atol=0)
+
+
+def test_dyhead_block_outputs_and_every_gradient():
+    kit = Case("dyhead_block")
+    module = DyHead(32, num_blocks=2, coarse_offsets="reinterpret")
+    module.load_state_dict(_converted(kit.state_dict()))
+    shapes = [list(kit.outputs[f"dyhead.{i}"].shape) for i in range(5)]
+    inputs = [kit.value(f"input.{i}", s).requires_grad_() for i, s in enumerate(shapes)]
+    outputs = module(inputs)
+    for i, output in enumerate(outputs):
+        assert_near(output.detach(), kit.outputs[f"dyhead.{i}"], f"level {i}")
+    sum((y * kit.value(f"gw.{i}", s)).sum() for i, (y, s) in enumerate(zip(outputs, shapes, strict=True))).backward()
+    for i, x in enumerate(inputs):
+        assert_near(x.grad, kit.outputs[f"grad.input.{i}"], f"gradient of input {i}")
+    gradients = {k.removeprefix("grad."): v for k, v in kit.outputs.items() if k.startswith("grad.dyhead_blocks.")}
+    parameters = dict(module.named_parameters())
+    expected = {k: v for k, v in _converted(gradients).items() if not (".conv_" in k and k.endswith("bias"))}
+    assert len(expected) == len(gradients) == len(parameters) - 6  # mmdet's deformable convolutions have no bias
+    for key, gradient in expected.items():
+        assert_near(parameters[key].grad, gradient, f"gradient of {key}")
+
+
+def _converted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of mmdetection's bare neck under our names; gradients have the shapes of their parameters."""
+    renamed = convert_mmdet({f"neck.1.{key}": value for key, value in tensors.items()})
+    return {k.removeprefix("neck.dyhead."): v for k, v in renamed.items()}

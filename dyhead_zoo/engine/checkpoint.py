@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dyhead_zoo.weights import write_safetensors
+
 if TYPE_CHECKING:
     from dyhead_zoo.detector import Detector
 
 STATE_VERSION = 1
-_PATTERN = "state_*.pt"
 _logger = logging.getLogger(__name__)
 
 
@@ -53,7 +55,7 @@ def save_state(directory: Path, state: Mapping[str, Any], *, step: int, keep: in
         step: optimiser steps done.
         keep: states that remain; two, so that one damaged file does not end a run.
     """
-    path = directory / f"state_{step:08d}.pt"
+    path = directory / state_name(step)
     with atomic_path(path) as temporary:
         torch.save({"version": STATE_VERSION, **state}, temporary)
     for old in state_files(directory)[keep:]:
@@ -61,9 +63,14 @@ def save_state(directory: Path, state: Mapping[str, Any], *, step: int, keep: in
     return path
 
 
+def state_name(step: int) -> str:
+    """File name of the state after ``step`` steps; names sort as steps do."""
+    return f"state_{step:08d}.pt"
+
+
 def state_files(directory: Path) -> list[Path]:
     """State files of a run, newest first."""
-    return sorted(directory.glob(_PATTERN), reverse=True)
+    return sorted(directory.glob("state_*.pt"), reverse=True)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -78,9 +85,7 @@ def load_state(path: Path) -> dict[str, Any]:
             if damaged := archive.testzip():
                 raise CorruptStateError(f"{path} is damaged: checksum of {damaged} does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except CorruptStateError:
+    except (FileNotFoundError, CorruptStateError):
         raise
     except Exception as error:
         raise CorruptStateError(f"{path} cannot be read: {error}") from error
@@ -114,40 +119,50 @@ def newest_state(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def write_weights(path: Path, detector: Detector, metrics: Mapping[str, float]) -> None:
-    """Native weights with what is needed to use them: label space, config and metrics in the safetensors header."""
-    from dyhead_zoo.weights import write_safetensors
-
-    config = detector.config()
+    """Native weights with what is needed to use them: name, config, label space and metrics in the header."""
     metadata = {
-        "format": "pt",
+        "name": detector.name,
+        "config": json.dumps(detector.config()),
         "label_space": json.dumps(detector.label_space.to_dict()),
-        "config": json.dumps(config),
-        "metrics": json.dumps(dict(metrics)),
+        "metrics": json.dumps({name: None if math.isnan(value) else value for name, value in metrics.items()}),
     }
-    if isinstance(config.get("name"), str):
-        metadata["name"] = config["name"]
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
-    with atomic_path(path) as temporary:
-        write_safetensors(temporary, tensors, metadata)
+    write_safetensors(path, detector.state_dict(), metadata)
 
 
 class RunLog:
-    """``log.jsonl``: one JSON object a line with ``event`` and ``step``.
+    """``log.jsonl``, one JSON object a line with ``event``, ``step`` and ``epoch``; on request TensorBoard's files too.
 
     Reopening drops what a resumed run writes again: lines beyond ``step``, the evaluation at ``step`` if it is still
     due, and a line that a kill cut off.
+
+    Raises:
+        ModuleNotFoundError: if TensorBoard is asked for but not installed.
     """
 
-    def __init__(self, path: Path, step: int, eval_due: bool) -> None:
-        self.path = path
-        if path.exists():
-            lines = path.read_text("utf-8").splitlines()
-            write_text(path, "".join(line + "\n" for line in lines if _is_done(line, step, eval_due)))
+    def __init__(self, directory: Path, step: int, *, eval_due: bool, tensorboard: bool = False) -> None:
+        self.path = directory / "log.jsonl"
+        if self.path.exists():
+            lines = self.path.read_text("utf-8").splitlines()
+            write_text(self.path, "".join(line + "\n" for line in lines if _is_done(line, step, eval_due)))
+        self._writer = _summary_writer(directory, step) if tensorboard else None
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line."""
+    def write(self, event: str, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Append one line; NaN, which JSON lacks, becomes null."""
+        numbers = {name: None if math.isnan(value) else value for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({"event": event, "step": step, "epoch": epoch, **numbers}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{event}/{name}", value, step)
+            self._writer.flush()
+
+
+def _summary_writer(directory: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("tensorboard=True needs the package: pip install 'dyhead-zoo[train]'") from error
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
 
 def _is_done(line: str, step: int, eval_due: bool) -> bool:

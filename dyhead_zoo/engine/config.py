@@ -25,7 +25,7 @@ class TrainConfig:
     """
 
     epochs: int = setting(12, "passes over the training images; the schedule spans them")
-    batch_size: int = setting(16, "images per optimiser step, over all processes")
+    batch_size: int = setting(16, "images per optimiser step, over all processes and parts")
     accumulate: int = setting(1, "parts in which each batch is processed, one after the other, to save memory")
     optimizer: str = setting("adamw", "any name that timm.optim knows")
     lr: float = setting(1e-3, "peak learning rate")
@@ -33,7 +33,7 @@ class TrainConfig:
     weight_decay: float = setting(0.05, "weight decay")
     decay_norm_bias: bool = setting(False, "decay biases and norm weights too")
     schedule: Literal["cosine", "step"] = setting("cosine", "cosine to zero, or a tenth at 2/3 and 11/12 of the epochs")
-    warmup_steps: int = setting(100, "steps of linear warm-up")
+    warmup_steps: int = setting(100, "steps of linear warm-up, at most a quarter of the run")
     clip_grad: float = setting(10.0, "largest norm of the gradient; 0 for no limit")
     ema_decay: float = setting(0.9998, "decay of the averaged weights, reached gradually; 0 for no average")
     amp: Literal["none", "bf16", "fp16"] = setting("none", "mixed precision")
@@ -46,9 +46,10 @@ class TrainConfig:
     size: int = setting(320, "small recipe: side of the square crop, pixels")
     scale_min: float = setting(0.5, "small recipe: smallest random scale")
     scale_max: float = setting(1.6, "small recipe: largest random scale")
-    mosaic: float = setting(0.0, "small recipe: probability of putting four images into one")
-    color: float = setting(0.0, "small recipe: probability of colour distortion")
-    close_mosaic_epochs: int = setting(0, "last epochs without mosaic")
+    mosaic: float = setting(0.5, "small recipe: probability of putting four images into one")
+    close_mosaic_epochs: int = setting(1, "small recipe: last epochs without mosaic")
+    color: float = setting(0.5, "small recipe: probability of colour distortion")
+    flip: float = setting(0.5, "probability of a horizontal flip")
     cache_images: bool = setting(False, "keep the images in memory")
     num_workers: int = setting(2, "processes per rank that read images; 0 reads in the training process")
     eval_every: int = setting(1, "epochs between evaluations; the last epoch is always evaluated")
@@ -64,7 +65,7 @@ class TrainConfig:
         non_negative = "weight_decay warmup_steps clip_grad backbone_lr_scale close_mosaic_epochs num_workers"
         for name in [*non_negative.split(), "checkpoint_every_steps"]:
             self._check(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("mosaic", "color"):
+        for name in ("mosaic", "color", "flip"):
             self._check(name, 0 <= getattr(self, name) <= 1, "a probability")
         for name, choices in (
             ("schedule", ("cosine", "step")),

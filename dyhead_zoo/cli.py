@@ -7,7 +7,9 @@ Each verb is one function that takes the parsed arguments. Nothing heavy is impo
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -39,15 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         the user can mend, with one line on stderr.
     """
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    warnings.showwarning = _show_warning
-    try:
-        return args.run(args)
-    except USER_ERRORS as error:
-        if args.debug:
-            raise
-        _print_error(str(error) or type(error).__name__)
-        return 2
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dyhead_zoo").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            return args.run(args)
+        except USER_ERRORS as error:
+            if args.debug:
+                raise
+            _print_error(str(error) or type(error).__name__)
+            return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,11 +82,18 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"dyhead-zoo: warning: {message}", file=sys.stderr)
 
 
+_LIST = """
+Detectors that have a name: the name, where the weights of its default tag come from (bundled: in the package; hub:
+Hugging Face Hub; url: its authors' server, not checked whether it still answers; none: train it), and its weight tags,
+the default first. Any other timm backbone works too, by a name of the form FAMILY_BACKBONE[_dyheadN].
+"""
+
+
 # -- list and info ----------------------------------------------------------------------------------------------------
 
 
 def _add_list(verbs: Any) -> argparse.ArgumentParser:
-    verb = verbs.add_parser("list", help="names of detectors", description="List the detectors that have a name.")
+    verb = verbs.add_parser("list", help="names of detectors", description=_LIST)
     verb.add_argument("filter", nargs="?", default="", metavar="FILTER", help="wildcard, such as '*swin*'")
     verb.add_argument("--pretrained", action="store_true", help="only weights that exist, one line a tag")
     verb.add_argument(
@@ -93,17 +104,16 @@ def _add_list(verbs: Any) -> argparse.ArgumentParser:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    """Print a table of names, tags and where their weights come from."""
-    from dyhead_zoo import get_pretrained_cfg, list_detectors
+    """Print a table of names, where their weights come from, and their tags, the default first."""
+    from dyhead_zoo import get_pretrained_cfg, list_detectors, list_tags
 
     names = list_detectors(args.filter, pretrained=args.pretrained, exclude=args.exclude)
     if not names:
         raise ValueError(f"no detector matches {args.filter!r}: dyhead-zoo list shows all names")
     width = max(map(len, names))
     for name in names:
-        cfg = get_pretrained_cfg(name)
-        status = cfg.status if cfg is not None else "none"
-        print(f"{name:<{width}}  {status}")
+        tags = "" if args.pretrained else ", ".join(list_tags(name))
+        print(f"{name:<{width}}  {get_pretrained_cfg(name).status:<7}  {tags}".rstrip())
     return 0
 
 
@@ -211,8 +221,6 @@ def _add_eval(verbs: Any) -> argparse.ArgumentParser:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Evaluate one detector, print the table, write the files asked for."""
-    import json
-
     from dyhead_zoo.engine.evaluate import evaluate
 
     detector = _load_detector(args.name, args)
@@ -242,19 +250,31 @@ def _add_train(verbs: Any) -> argparse.ArgumentParser:
         "train",
         help="train on a COCO-format data set",
         description="Train a detector; under torchrun on several devices (torchrun --nproc-per-node 2 -m dyhead_zoo "
-        "train ...). Ctrl-C or SIGTERM saves the state; --resume goes on from it.",
+        "train ..). Ctrl-C or SIGTERM saves the state (exit status 1); --resume goes on from it.",
     )
     verb.add_argument("name", metavar="NAME", help="detector, with or without a tag")
     _add_data_flags(verb, "")
     _add_data_flags(verb, "val-", required=False)
     verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
-    verb.add_argument(
-        "--pretrained", action="store_true", help="start from the weights of NAME, re-headed by class name"
-    )
-    verb.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="start from these weights, re-headed by class name"
+    start = verb.add_mutually_exclusive_group()
+    start.add_argument("--pretrained", action="store_true", help="start from NAME's weights, re-headed by class name")
+    start.add_argument("--checkpoint", type=Path, metavar="FILE", help="start from these, re-headed by class name")
+    start.add_argument(
+        "--pretrained-backbone",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="start from a backbone in timm's layout; without FILE, the one that timm downloads",
     )
     verb.add_argument("--class-names", type=_names, metavar="A,B,..", help="default: categories of the training file")
+    verb.add_argument(
+        "--model-args",
+        nargs="+",
+        type=_key_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of create_detector, such as frozen_stages=1",
+    )
     verb.add_argument("--resume", action="store_true", help="go on with the run in --output, if there is one")
     settings = verb.add_argument_group("settings")
     for field in dataclasses.fields(TrainConfig):
@@ -266,18 +286,19 @@ def _add_train(verbs: Any) -> argparse.ArgumentParser:
 def run_train(args: argparse.Namespace) -> int:
     """Train one detector; 1 if it was stopped before its last epoch."""
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
-    if int(os.environ.get("RANK", "0")) > 0:
-        logging.getLogger().setLevel(logging.WARNING)
 
-    from dyhead_zoo import create_detector
-    from dyhead_zoo.data.label_space import LabelSpace
+    from dyhead_zoo import LabelSpace, create_detector, train
     from dyhead_zoo.engine.evaluate import read_annotations
-    from dyhead_zoo.engine.train import train
 
-    categories = read_annotations(args.annotations)["categories"]
-    class_names = args.class_names or list(LabelSpace.from_categories(categories).names)
+    _check_device(config.device)
+    labels = LabelSpace.from_categories(read_annotations(args.annotations)["categories"])
     detector = create_detector(
-        args.name, pretrained=args.pretrained, checkpoint=args.checkpoint, class_names=class_names
+        args.name,
+        pretrained=args.pretrained,
+        checkpoint=args.checkpoint,
+        pretrained_backbone=args.pretrained_backbone,
+        class_names=args.class_names or labels,
+        **dict(args.model_args),
     )
     result = train(
         detector,
@@ -289,6 +310,9 @@ def run_train(args: argparse.Namespace) -> int:
         config=config,
         resume=args.resume,
     )
+    if os.environ.get("RANK", "0") == "0":
+        best = f", best AP {result.best_metrics['AP']:.4f}" if result.best_metrics else ""
+        print(f"{result.epochs} epochs, {result.steps} steps{best}: {result.best_weights or result.weights}")
     return 1 if result.stopped_by else 0
 
 
@@ -342,21 +366,52 @@ def _add_data_flags(verb: argparse.ArgumentParser, prefix: str, required: bool =
 
 def _add_model_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to use instead of the published ones")
-    verb.add_argument("--num-classes", type=_positive_int, metavar="N", help="classes of a checkpoint that names none")
+    labels = verb.add_mutually_exclusive_group()
+    labels.add_argument("--class-names", type=_names, metavar="A,B,..", help="classes of a checkpoint that names none")
+    labels.add_argument("--num-classes", type=_positive_int, metavar="N", help="their number, if names do not matter")
     verb.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ..; default: a GPU where there is one")
 
 
 def _load_detector(name: str, args: argparse.Namespace) -> Detector:
-    """The detector that ``--checkpoint``, ``--num-classes`` and ``--device`` ask for, in eval mode."""
+    """The detector that the flags of ``_add_model_flags`` ask for, in eval mode."""
     import torch
 
     from dyhead_zoo import create_detector
 
+    _check_device(args.device)
+    given = {"class_names": args.class_names, "num_classes": args.num_classes}
+    given = {key: value for key, value in given.items() if value is not None}
+    recorded = _recorded_arguments(args.checkpoint, name, labels=not given) if args.checkpoint else {}
     detector = create_detector(
-        name, pretrained=args.checkpoint is None, checkpoint=args.checkpoint, num_classes=args.num_classes
+        name, pretrained=args.checkpoint is None, checkpoint=args.checkpoint, **(recorded | given)
     )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return detector.to(device).eval()
+    return detector.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _recorded_arguments(checkpoint: Path, name: str, labels: bool) -> dict[str, Any]:
+    """Architecture and labels that our own weight files carry, as arguments of ``create_detector``."""
+    from dyhead_zoo import LabelSpace
+    from dyhead_zoo.weights import read_state_dict
+
+    metadata = read_state_dict(checkpoint)[1]
+    arguments: dict[str, Any] = {}
+    if "config" in metadata:
+        config = json.loads(metadata["config"])
+        if config["name"] == name.partition(".")[0]:
+            arguments.update(config["arch"])
+    if labels and "label_space" in metadata:
+        arguments["class_names"] = LabelSpace.from_dict(json.loads(metadata["label_space"]))
+    return arguments
+
+
+def _check_device(device: str | None) -> None:
+    """Raise a ValueError, rather than what torch raises, for a device that is not there."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _write(path: Path, text: str) -> None:
@@ -374,3 +429,14 @@ def _positive_int(text: str) -> int:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE``; the value as Python would read it, else as text."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from dyhead_zoo.data.label_space import LabelSpace
 from dyhead_zoo.engine import evaluate as module
-from dyhead_zoo.engine.evaluate import METRIC_NAMES, coco_metrics, evaluate, read_annotations, resolve_backend
+from dyhead_zoo.engine.evaluate import METRIC_NAMES, Backend, coco_metrics, evaluate, read_annotations, resolve_backend
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.structures import Detections
 
-BACKENDS = ["pycocotools", "hotcoco"]
+BACKENDS: list[Backend] = ["pycocotools", "hotcoco"]
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "hotcoco":
         pytest.importorskip("hotcoco")
     return request.param
@@ -48,7 +48,7 @@ def found(box: list[float], score: float = 0.9, image_id: int = 7, category_id: 
 # -- coco_metrics: cases small enough to compute by hand ---------------------------------------------------------------
 
 
-def test_a_perfect_detection_scores_one(backend: str) -> None:
+def test_a_perfect_detection_scores_one(backend: Backend) -> None:
     metrics, per_class = coco_metrics(coco([[10, 10, 50, 50]]), [found([10, 10, 50, 50])], backend=backend)
     assert tuple(metrics) == METRIC_NAMES
     assert metrics["AP"] == pytest.approx(1) and metrics["AR1"] == pytest.approx(1)
@@ -58,7 +58,7 @@ def test_a_perfect_detection_scores_one(backend: str) -> None:
     ]
 
 
-def test_iou_decides_at_which_thresholds_a_detection_counts(backend: str) -> None:
+def test_iou_decides_at_which_thresholds_a_detection_counts(backend: Backend) -> None:
     # 100 x 100 moved by 23: IoU = 77 / 123 = 0.626, a hit at .50, .55 and .60 out of ten thresholds
     metrics, _ = coco_metrics(coco([[0, 0, 100, 100]]), [found([23, 0, 100, 100])], backend=backend)
     assert metrics["AP"] == pytest.approx(0.3)
@@ -66,33 +66,33 @@ def test_iou_decides_at_which_thresholds_a_detection_counts(backend: str) -> Non
     assert metrics["AP75"] == 0
 
 
-def test_a_missed_object_halves_recall(backend: str) -> None:
+def test_a_missed_object_halves_recall(backend: Backend) -> None:
     boxes: list[list[float]] = [[0, 0, 50, 50], [100, 100, 50, 50]]
     metrics, _ = coco_metrics(coco(boxes), [found(boxes[0])], backend=backend)
     assert metrics["AR100"] == pytest.approx(0.5)
     assert metrics["AP"] == pytest.approx(51 / 101)  # precision 1 at recalls 0, .01, .. .50, and 0 beyond
 
 
-def test_a_false_alarm_counts_by_its_score(backend: str) -> None:
+def test_a_false_alarm_counts_by_its_score(backend: Backend) -> None:
     truth, hit = coco([[0, 0, 50, 50]]), found([0, 0, 50, 50], score=0.5)
     worse, _ = coco_metrics(truth, [hit, found([100, 100, 50, 50], score=0.9)], backend=backend)
     harmless, _ = coco_metrics(truth, [hit, found([100, 100, 50, 50], score=0.1)], backend=backend)
     assert worse["AP"] == pytest.approx(0.5) and harmless["AP"] == pytest.approx(1)
 
 
-def test_no_detection_scores_zero(backend: str) -> None:
+def test_no_detection_scores_zero(backend: Backend) -> None:
     metrics, per_class = coco_metrics(coco([[0, 0, 50, 50]]), [], backend=backend)
     assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == 0
     assert per_class[0]["AP"] == 0 and per_class[0]["num_gts"] == 1
 
 
-def test_without_objects_there_is_nothing_to_measure(backend: str) -> None:
+def test_without_objects_there_is_nothing_to_measure(backend: Backend) -> None:
     metrics, per_class = coco_metrics(coco([]), [found([0, 0, 9, 9])], backend=backend)
     assert all(math.isnan(value) for value in metrics.values())
     assert math.isnan(per_class[0]["AP"]) and per_class[0]["num_gts"] == 0
 
 
-def test_a_class_without_objects_does_not_enter_the_mean(backend: str) -> None:
+def test_a_class_without_objects_does_not_enter_the_mean(backend: Backend) -> None:
     truth = coco([[0, 0, 50, 50]], categories=("cat", "dog"))
     metrics, per_class = coco_metrics(
         truth, [found([0, 0, 50, 50]), found([0, 0, 9, 9], category_id=4)], backend=backend
@@ -101,7 +101,7 @@ def test_a_class_without_objects_does_not_enter_the_mean(backend: str) -> None:
     assert [row["num_gts"] for row in per_class] == [1, 0] and math.isnan(per_class[1]["AP"])
 
 
-def test_detections_on_a_crowd_are_neither_right_nor_wrong(backend: str) -> None:
+def test_detections_on_a_crowd_are_neither_right_nor_wrong(backend: Backend) -> None:
     truth = coco([[0, 0, 50, 50]])
     truth["annotations"].append({**truth["annotations"][0], "id": 2, "bbox": [100, 100, 80, 80], "iscrowd": 1})
     on_crowd = found([110, 110, 20, 20], score=0.99)
@@ -109,20 +109,20 @@ def test_detections_on_a_crowd_are_neither_right_nor_wrong(backend: str) -> None
     assert metrics["AP"] == pytest.approx(1) and per_class[0]["num_gts"] == 1
 
 
-def test_annotation_id_zero_is_an_object_like_any_other(backend: str) -> None:
+def test_annotation_id_zero_is_an_object_like_any_other(backend: Backend) -> None:
     truth = coco([[0, 0, 50, 50]], id=0)
     metrics, _ = coco_metrics(truth, [found([0, 0, 50, 50])], backend=backend)
     assert metrics["AP"] == pytest.approx(1)
 
 
-def test_size_bins_use_the_area_of_the_file_and_the_box_without_it(backend: str) -> None:
+def test_size_bins_use_the_area_of_the_file_and_the_box_without_it(backend: Backend) -> None:
     perfect = [found([0, 0, 50, 50])]
     assert coco_metrics(coco([[0, 0, 50, 50]]), perfect, backend=backend)[0]["APm"] == pytest.approx(1)
     assert coco_metrics(coco([[0, 0, 50, 50]], area=900), perfect, backend=backend)[0]["APs"] == pytest.approx(1)
     assert coco_metrics(coco([[0, 0, 50, 50]], area=None), perfect, backend=backend)[0]["APm"] == pytest.approx(1)
 
 
-def test_only_the_images_asked_for_are_scored(backend: str) -> None:
+def test_only_the_images_asked_for_are_scored(backend: Backend) -> None:
     truth = coco([[0, 0, 50, 50]])
     truth["images"].append({"id": 8, "file_name": "8.png", "height": 200, "width": 200})
     truth["annotations"].append({**truth["annotations"][0], "id": 2, "image_id": 8})
@@ -132,7 +132,7 @@ def test_only_the_images_asked_for_are_scored(backend: str) -> None:
     assert metrics["AR100"] == pytest.approx(1) and per_class[0]["num_gts"] == 1
 
 
-def test_inputs_are_left_alone_and_nothing_is_printed(backend: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_inputs_are_left_alone_and_nothing_is_printed(backend: Backend, capfd: pytest.CaptureFixture[str]) -> None:
     truth, predictions = coco([[0, 0, 50, 50]]), [found([0, 0, 50, 50])]
     before = json.dumps([truth, predictions])
     coco_metrics(truth, predictions, backend=backend)
@@ -187,7 +187,7 @@ def test_hotcoco_gives_the_bits_of_pycocotools(seed: int, ties: bool) -> None:
         np.testing.assert_array_equal([ours["AP"], ours["AP50"]], [theirs["AP"], theirs["AP50"]])
 
 
-def test_published_figures_of_cocoapi(data_dir: Path, backend: str) -> None:
+def test_published_figures_of_cocoapi(data_dir: Path, backend: Backend) -> None:
     folder = data_dir / "golden_cocoeval"
     predictions = json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
     metrics, _ = coco_metrics(folder / "instances_val2014_100.json", predictions, backend=backend)
@@ -195,7 +195,7 @@ def test_published_figures_of_cocoapi(data_dir: Path, backend: str) -> None:
     assert [round(value, 3) for value in metrics.values()] == published
 
 
-def test_detections_of_another_detector(data_dir: Path, backend: str) -> None:
+def test_detections_of_another_detector(data_dir: Path, backend: Backend) -> None:
     predictions = json.loads((data_dir / "detectors" / "yolox_nano_on_coco_small_val_results.json").read_text())
     truth = data_dir / "coco_small" / "annotations" / "instances_val.json"
     metrics, _ = coco_metrics(truth, predictions, backend=backend)

@@ -105,27 +105,30 @@ def _local_file(name: str, sha256: str | None) -> Path:
     path = _BUNDLED / name
     if not path.is_file():
         raise FileNotFoundError(f"weight file {path} does not exist; is the installation complete?")
-    _verify(path, sha256)
+    if problem := _hash_problem(path, sha256):
+        raise HashMismatch(f"{path} is damaged or was changed ({problem}): fetch or install it again")
     return path
 
 
 def _from_hub(cfg: PretrainedCfg) -> Path:
+    # etags make the Hub's cache notice a new file, but not a damaged one
     path = Path(
         hf_hub_download(
             str(cfg.hf_hub_id), HUB_FILE, revision=cfg.hf_hub_revision, local_files_only=offline() is not None
         )
     )
-    _verify(path, cfg.sha256)
+    if problem := _hash_problem(path, cfg.sha256):
+        raise HashMismatch(f"{path} is damaged, or not the published file ({problem}): delete it to fetch it again")
     return path
 
 
-def _verify(path: Path, sha256: str | None, prefix: str | None = None) -> None:
-    if sha256 is None and prefix is None:
-        return
+def _hash_problem(path: Path, sha256: str | None, prefix: str | None = None) -> str | None:
+    """What is wrong with the hash of a file, or None; only hashes that are given are checked."""
+    expected = [value.lower() for value in (sha256, prefix) if value]
+    if not expected:
+        return None
     actual = sha256_of(path)
-    for expected in (sha256, prefix):
-        if expected and not actual.startswith(expected.lower()):
-            raise HashMismatch(f"{path} has SHA-256 {actual}, expected {expected}{'' if expected == sha256 else '...'}")
+    return next((f"SHA-256 is {actual}, expected {e:.<64}" for e in expected if not actual.startswith(e)), None)
 
 
 # --- URLs -------------------------------------------------------------------------------------------------------------
@@ -142,17 +145,16 @@ def _from_urls(cfg: PretrainedCfg, url: str, directory: Path, failures: list[str
     if _cached(path, cfg):
         return path
     if setting := offline():
-        raise DownloadError(
-            f"{setting} forbids the network and {path} is not there. Unset the variable, or put the file there by hand; "
-            f"it comes from {url}"
-        )
+        failures.append(f"{url}: {setting} forbids the network; unset it to download")
+        raise DownloadError(_failure_message(failures, path))
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # of several processes one downloads, the others find the file
-            if not _cached(path, cfg):
-                _download_any((url, *cfg.mirrors), path, cfg, failures)
-    except PermissionError as error:
-        raise DownloadError(f"cannot write to {directory}: set DYHEAD_ZOO_CACHE to another directory") from error
+        lock = FileLock(f"{path}.lock").acquire()  # of several processes one downloads, the others find the file
+    except OSError as error:
+        raise DownloadError(f"cannot write to {directory} ({error}): set DYHEAD_ZOO_CACHE to another place") from error
+    with lock:
+        if not _cached(path, cfg):
+            _download_any((url, *cfg.mirrors), path, cfg, failures)
     return path
 
 
@@ -160,14 +162,11 @@ def _cached(path: Path, cfg: PretrainedCfg) -> bool:
     """Whether ``path`` is there and right; a wrong one is reported, and left for the download to replace."""
     if not path.is_file():
         return False
-    try:
-        _verify(path, cfg.sha256 or _recorded_hash(path), cfg.hash_prefix)
-    except HashMismatch as error:
-        if offline():
-            raise
-        _logger.warning("cached file is damaged or was changed, downloading it again: %s", error)
+    recorded = _recorded_hash(path)
+    if problem := _hash_problem(path, cfg.sha256 or recorded, cfg.hash_prefix):
+        _logger.warning("%s is damaged or was changed (%s) and has to be downloaded again", path, problem)
         return False
-    if not (cfg.sha256 or cfg.hash_prefix or _recorded_hash(path)):  # put there by hand
+    if not (cfg.sha256 or cfg.hash_prefix or recorded):  # put there by hand
         _record_hash(path, sha256_of(path))
     return True
 
@@ -175,13 +174,17 @@ def _cached(path: Path, cfg: PretrainedCfg) -> bool:
 def _download_any(urls: tuple[str, ...], path: Path, cfg: PretrainedCfg, failures: list[str]) -> None:
     """Download from the first URL that gives the right file, and put it at ``path`` in one step."""
     part = path.with_name(f"{path.name}.part")
+    recorded = _recorded_hash(path)
     try:
         for url in urls:
             try:
                 _download(url, part)
-                _verify(part, cfg.sha256 or _recorded_hash(path), cfg.hash_prefix)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 failures.append(f"{url}: {_one_line(error)}")
+                continue
+            if problem := _hash_problem(part, cfg.sha256 or recorded, cfg.hash_prefix):
+                since = f"; delete {_sidecar(path)} if you trust the new file" if recorded and not cfg.sha256 else ""
+                failures.append(f"{url}: another file than the published one, {problem}{since}")
                 continue
             if not (cfg.sha256 or cfg.hash_prefix):
                 _record_hash(path, sha256_of(part))  # before the file: one without a record would be trusted anew
@@ -231,5 +234,5 @@ def _one_line(error: BaseException) -> str:
 
 def _failure_message(failures: list[str], path: Path | None = None) -> str:
     lines = "\n".join(f"  {failure}" for failure in failures)
-    by_hand = f"\nA file fetched by other means can be put at {path}" if path else ""
+    by_hand = f"\nThe file can also be fetched by other means and put at {path}" if path else ""
     return f"no source gave the weights:\n{lines}{by_hand}"

@@ -66,6 +66,13 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise CheckpointError(f"{path}: {error}") from error
 
 
+_AGAIN = "Delete it and fetch it again"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -73,33 +80,30 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if size < 8 or header > size - 8:
         raise CheckpointError(
             f"not a safetensors file, or a truncated one: it has {size} bytes, its header alone would need {header}. "
-            "Fetch it again"
+            f"{_AGAIN}"
         )
     try:
         with safe_open(path, "pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"damaged or truncated safetensors file ({error}). Fetch it again") from error
+        raise CheckpointError(f"damaged or truncated safetensors file ({_first_line(error)}). {_AGAIN}") from error
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with path.open("rb") as file:
         start = file.read(2)
     if start != b"PK" and start[:1] != b"\x80":  # zip archive, or the plain pickle of PyTorch before 1.6
-        raise CheckpointError("not a PyTorch file (a web page saved under its name?). Fetch it again")
+        raise CheckpointError(f"not a PyTorch file (a web page saved under its name?). {_AGAIN}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "class" in line), str(error))
-        raise CheckpointError(
-            f"it holds more than tensors and loading it could run code, so it is refused ({reason.strip()}). If you "
-            "trust whoever made it, save its tensors alone, in a process where you accept that risk: "
-            "torch.save({'state_dict': torch.load(path, weights_only=False)['state_dict']}, new_path)"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"damaged or truncated PyTorch file ({str(error).splitlines()[0]}). Fetch it again"
-        ) from error
+    except Exception as error:  # a damaged file can raise nearly anything
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"it holds {refused[1]} beside tensors, and to load that could run code: refused. If you trust whoever "
+                "made it, save its tensors alone, in a process where you accept that risk: "
+                "torch.save({'state_dict': torch.load(path, weights_only=False)['state_dict']}, new_path)"
+            ) from error
+        raise CheckpointError(f"damaged or truncated PyTorch file ({_first_line(error)}). {_AGAIN}") from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"expected a dictionary of tensors, found {type(checkpoint).__name__}")
     return unwrap(checkpoint)
@@ -112,12 +116,19 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _number_type(code: str, align: bool = False, copy: bool = True) -> np.dtype[Any]:
+    """``numpy.dtype`` for plain numbers; others could hold objects, or sizes that do not agree with their data."""
+    if not isinstance(code, str) or np.dtype(code).kind not in "biuf":
+        raise pickle.UnpicklingError(f"an array of {code!r}")
+    return np.dtype(code, align=align, copy=copy)
+
+
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy moved it between its versions
 _ADMITTED: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "dtype"): _number_type,
     ("_codecs", "encode"): _encode_latin1,
     ("collections", "OrderedDict"): dict,
 }
@@ -142,7 +153,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"refused: only numpy arrays are read from a pickle, this one asks for {error}"
         ) from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(f"damaged pickle ({type(error).__name__}: {error}). Fetch it again") from error
+        raise CheckpointError(f"damaged pickle ({_first_line(error)}). {_AGAIN}") from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"expected a dictionary of arrays, found {type(checkpoint).__name__}")
     arrays = checkpoint["model"] if isinstance(checkpoint.get("model"), Mapping) else checkpoint
@@ -154,8 +165,8 @@ def _as_tensor(key: str, value: Any) -> Any:
         return value
     try:
         return torch.from_numpy(np.array(value))
-    except TypeError as error:
-        raise CheckpointError(f"{key} is an array of {value.dtype}, not of numbers") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{key}: torch has no {value.dtype}") from error
 
 
 _READERS: dict[str, Callable[[Path], tuple[dict[str, Tensor], dict[str, Any]]]] = {
@@ -465,14 +476,12 @@ def _mismatch(
         ],
     }
     parts = [f"{len(lines)} keys {what}:\n{listing(lines)}" for what, lines in groups.items() if lines]
-    return "\n".join(
-        [
-            "does not fit this detector; nothing was loaded.",
-            *parts,
-            f"The checkpoint looks like {_describe(new)}; the detector is {_describe(expected)}. "
-            "Build the detector of the checkpoint's architecture, or give its tag",
-        ]
-    )
+    theirs, ours = _describe(new), _describe(expected)
+    if theirs == ours:
+        advice = f"Both look like {ours}: another tag's arguments (pred_kernel, for one), or a damaged checkpoint?"
+    else:
+        advice = f"The checkpoint looks like {theirs}, the detector is {ours}: create the detector that it belongs to"
+    return "\n".join(["it does not fit this detector; nothing was loaded.", *parts, advice])
 
 
 def _describe(keys: Iterable[str]) -> str:

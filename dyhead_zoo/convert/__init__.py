@@ -132,13 +132,17 @@ def unwrap(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
     inner = next((checkpoint[key] for key in ("state_dict", "model") if isinstance(checkpoint.get(key), Mapping)), None)
     meta = checkpoint.get("meta") if inner is not None else None
     tensors = dict(checkpoint if inner is None else inner)
-    others = [f"{key}: {type(value).__name__}" for key, value in tensors.items() if not isinstance(value, Tensor)]
+    others = [
+        f"{key!r}: {type(value).__name__}"
+        for key, value in tensors.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
     if others or not tensors:
         raise CheckpointError(
             f"no state dict: expected tensors by name, or those under 'state_dict' or 'model', but found\n"
             f"{listing(others) or '  nothing'}"
         )
-    return tensors, dict(meta) if isinstance(meta, Mapping) else {}
+    return {key: tensor.detach() for key, tensor in tensors.items()}, dict(meta) if isinstance(meta, Mapping) else {}
 
 
 def listing(lines: Iterable[str], limit: int = 20) -> str:

@@ -116,7 +116,8 @@ class CocoDataset:
         strict: make every repair an error.
         check: what to verify of every picture now rather than when it is read: ``"none"``, that it ``"exists"``, or
             also its ``"size"`` (opens every file's header).
-        cache: keep decoded pictures in memory (three bytes a pixel).
+        cache: keep decoded pictures in memory, three bytes a pixel; see ``ImageCache``.
+        max_images: take only the first so many images of the file.
 
     Attributes:
         label_space: names in label order, with *this file's* category ids (classes that the file lacks get unused
@@ -138,6 +139,7 @@ class CocoDataset:
         strict: bool = False,
         check: Check = "exists",
         cache: bool = False,
+        max_images: int | None = None,
     ) -> None:
         self.images_dir = Path(images_dir)
         self.annotations = Path(annotations)
@@ -148,9 +150,11 @@ class CocoDataset:
         if class_names is not None:
             label_space = LabelSpace.from_names(class_names)
         self._root = os.path.realpath(self.images_dir)
+        if max_images is not None and max_images < 1:
+            raise ValueError(f"max_images={max_images} must be at least 1, or None for all")
         reader = _Reader(self.annotations, strict)
         self.report = reader.report
-        self.label_space = reader.read(label_space)
+        self.label_space = reader.read(label_space, max_images)
         self.image_ids = [image.image_id for image in reader.images]
         self._names = [image.file_name for image in reader.images]
         self._sizes = [(image.height, image.width) for image in reader.images]
@@ -212,7 +216,7 @@ class CocoDataset:
             raise ValueError(f"check={check!r}: one of 'none', 'exists', 'size'")
         if check == "none":
             return
-        missing = [name for i, name in enumerate(self._names) if not self.path(i).is_file()]
+        missing = [name for i, name in enumerate(self._names) if not os.path.isfile(self.path(i))]
         if missing:
             raise FileNotFoundError(
                 f"{self.annotations}: {len(missing)} of {len(self)} images are not in {str(self.images_dir)!r}, "
@@ -249,19 +253,24 @@ class _Reader:
         self.images: list[_Image] = []
         self._rows: list[list[tuple[tuple[float, ...], int, bool]]] = []
 
-    def read(self, wanted: LabelSpace | None) -> LabelSpace:
-        """Fill ``images`` and the boxes; returns the label space in use."""
+    def read(self, wanted: LabelSpace | None, max_images: int | None) -> LabelSpace:
+        """Check the whole file; fill ``images`` and the boxes. Returns the label space in use."""
         content = self._json()
         space, label_of = self._labels(self._list(content, "categories"), wanted)
         position_of = self._images(self._list(content, "images"))
         self._annotations(self._list(content, "annotations"), position_of, label_of)
+        left_out: dict[str, int] = {}
+        if max_images is not None and max_images < len(self.images):
+            left_out = {"images left out by max_images": len(self.images) - max_images}
+            self.images, self._rows = self.images[:max_images], self._rows[:max_images]
         crowd = sum(row[2] for rows in self._rows for row in rows)
         self.report.totals = {
             "images": len(self.images),
             "boxes": sum(map(len, self._rows)) - crowd,
             "crowd regions": crowd,
             "classes": len(space),
-            "images without objects": sum(not any(not row[2] for row in rows) for rows in self._rows),
+            "images without objects": sum(all(row[2] for row in rows) for rows in self._rows),
+            **left_out,
         }
         return space
 
@@ -288,6 +297,8 @@ class _Reader:
             raise FileNotFoundError(f"no such annotation file: {str(self.path)!r}")
         try:
             content = json.loads(self.path.read_bytes().decode("utf-8-sig"))
+        except OSError as error:
+            raise ValueError(f"cannot read {self.path} ({error.strerror}): check its permissions") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path} is not valid JSON ({error}): truncated, or another format?") from error
         if not isinstance(content, dict):
@@ -359,7 +370,7 @@ class _Reader:
                 f"{only_file}. Rename the file's categories, or give class_names= with names from the file"
             )
         for name in only_wanted:
-            self.report.remark("class without a category in the file", name)
+            self.report.remark("class without a category in the file", repr(name))
         next_id = max(name_of) + 1
         spare = {name: next_id + k for k, name in enumerate(only_wanted)}
         label_of = {label_name: label for label, label_name in enumerate(wanted.names)}
@@ -392,11 +403,13 @@ class _Reader:
     def _check_name(self, name: str, where: str) -> None:
         """Lexically inside the folder on every system, so that a file cannot make us read elsewhere."""
         posix, windows = PurePosixPath(name), PureWindowsPath(name)
-        outside = posix.is_absolute() or bool(windows.drive or windows.root) or ".." in posix.parts + windows.parts
-        if outside or "\0" in name:
-            raise self._error(
-                where, f"file_name={name!r:.200} leaves the image folder: names must be relative, without '..'"
-            )
+        if posix.is_absolute() or windows.drive or windows.root or ".." in posix.parts + windows.parts:
+            problem = "leaves the image folder: names must be relative, without '..'"
+        elif "\0" in name or not _encodable(name):
+            problem = "cannot be the name of a file"
+        else:
+            return
+        raise self._error(where, f"file_name={name!r:.200} {problem}")
 
     def _annotations(self, rows: list[Any], position_of: dict[int, int], label_of: Mapping[int, int | None]) -> None:
         seen: dict[int, int] = {}
@@ -408,7 +421,7 @@ class _Reader:
             if image_id not in position_of:
                 raise self._error(where, f"image_id={image_id} is not among the images")
             if category_id not in label_of:
-                raise self._error(where, f"category_id={category_id} is not among the categories {sorted(label_of)}")
+                raise self._error(where, f"category_id={category_id} is not among the categories")
             crowd = row.get("iscrowd", 0)
             if crowd not in (0, 1):
                 raise self._error(where, f"iscrowd={crowd!r:.80} must be 0 or 1")
@@ -441,6 +454,15 @@ class _Reader:
         if max(abs(a - b) for a, b in zip(box, clipped, strict=True)) > CLIP_TOLERANCE:
             self._repair("box clipped to the image", where)
         return clipped
+
+
+def _encodable(name: str) -> bool:
+    """Whether the file system can express the name: JSON admits lone surrogates, which it cannot."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _to_float32(box: tuple[float, float, float, float]) -> tuple[float, ...]:

@@ -6,13 +6,14 @@ import io
 import mmap
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -21,18 +22,30 @@ ImageSource = str | PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 MAX_PIXELS = 178_956_970
 """Pillow's limit against decompression bombs: a quarter of a GiB of RGB, about 13,000 x 13,000."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+"""What is tried on a file. Left out on purpose: formats that run other programs (EPS) or have no signature (TGA)."""
+
 _ORIENTATION_TAG = 0x0112
-_SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that swap height and width
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of each EXIF orientation upright (CIPA DC-008, table 6); 5 to 8 swap height and width."""
 _SIXTEEN_BIT_MODES = {"I", "I;16", "I;16L", "I;16B", "I;16N"}
 
 
 def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Read one picture as RGB.
 
-    Files and bytes may be anything Pillow opens. The EXIF orientation is applied; of an animation the first frame is
+    Files and bytes may be in any of ``FORMATS``. The EXIF orientation is applied; of an animation the first frame is
     taken; an alpha channel is dropped (colours stay as stored, nothing is composited); grey is repeated; palette, CMYK
-    and 1-bit pictures are converted by Pillow; 16-bit grey is scaled by 255 / 65535. Plain RGB JPEGs go through
-    torchvision, which gives the same pixels as Pillow in half the time.
+    and 1-bit pictures are converted by Pillow; 16-bit grey is scaled by 255 / 65535. Colour profiles are ignored.
+    Plain RGB JPEGs go through torchvision, which gives the same pixels as Pillow in half the time.
 
     Args:
         source: path, encoded bytes, PIL image, array (H, W), (H, W, 1) or (H, W, 3), or tensor (H, W), (1, H, W) or
@@ -52,8 +65,8 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _from_pil(source, "PIL image", max_pixels)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _from_bytes(bytes(source), f"{len(source)} bytes", max_pixels)
+    if isinstance(source, bytes):
+        return _from_bytes(source, f"image of {len(source)} bytes", max_pixels)
     if isinstance(source, (str, PathLike)):
         return _from_bytes(_read_file(source), repr(str(source)), max_pixels)
     raise ValueError(
@@ -62,7 +75,7 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def image_size(path: str | PathLike[str]) -> tuple[int, int]:
-    """(height, width) that ``read_image`` would return, from the header alone.
+    """(height, width) of what ``read_image`` would return; of all but TIFF files only the header is read.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -70,8 +83,11 @@ def image_size(path: str | PathLike[str]) -> tuple[int, int]:
     """
     name = repr(str(path))
     with _open(_regular_file(path), name, max_pixels=None) as image:
+        if image.format == "TIFF":  # whether Pillow turns these upright before or while it loads them varies
+            upright = read_image(path)
+            return upright.shape[1], upright.shape[2]
         width, height = image.size
-        return (width, height) if _orientation(image, name) in _SIDEWAYS else (height, width)
+        return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def _regular_file(path: str | PathLike[str]) -> Path:
@@ -100,20 +116,28 @@ def _read_file(path: str | PathLike[str]) -> bytes:
 
 def _open(source: Path | bytes, name: str, max_pixels: int | None) -> Image.Image:
     """Open lazily (header only) and refuse what is too large, whatever Pillow's own limit is set to."""
-    if not (source if isinstance(source, bytes) else source.stat().st_size):
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    if size == 0:
         raise ValueError(f"{name} is empty (0 bytes): copy or download it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name}: {error}; if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels"
         ) from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged headers
-        raise ValueError(f"{name} is not a picture that Pillow can open ({error}): damaged, or not an image") from error
+        raise ValueError(f"{name} is no picture in one of {FORMATS}, or is damaged ({error})") from error
     _check_pixels(image, name, max_pixels)
     return image
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of ``FORMATS`` that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _check_pixels(image: Image.Image, name: str, max_pixels: int | None) -> None:
@@ -126,16 +150,18 @@ def _check_pixels(image: Image.Image, name: str, max_pixels: int | None) -> None
         )
 
 
-def _orientation(image: Image.Image, name: str) -> int:
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8."""
     try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # a damaged EXIF block says nothing about the pixels
+        orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a damaged EXIF block is no reason to refuse the pixels
         return 1
+    return orientation if orientation in _UPRIGHT else 1
 
 
 def _from_bytes(data: bytes, name: str, max_pixels: int) -> Tensor:
     with _open(data, name, max_pixels) as image:
-        if image.format != "JPEG" or image.mode != "RGB" or _orientation(image, name) != 1:
+        if image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1:
             return _from_pil(image, name, max_pixels)
     try:
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
@@ -146,26 +172,29 @@ def _from_bytes(data: bytes, name: str, max_pixels: int) -> Tensor:
 
 def _from_pil(image: Image.Image, name: str, max_pixels: int) -> Tensor:
     _check_pixels(image, name, max_pixels)
+    if image.mode == "F":
+        raise ValueError(f"{name} holds 32-bit floats, whose range is unknown: convert it to 8 bits first")
+    deep = image.mode in _SIXTEEN_BIT_MODES
     try:
-        image.load()
-        upright = ImageOps.exif_transpose(image) if _orientation(image, name) != 1 else image
-        if upright.mode in _SIXTEEN_BIT_MODES:
-            return _from_sixteen_bit(np.asarray(upright, dtype=np.int64), name)
-        if upright.mode == "F":
-            raise ValueError(f"{name} holds 32-bit floats, whose range is unknown: convert it to 8 bits first")
-        pixels = np.array(upright.convert("RGB"))
-    except ValueError:
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            orientation = _orientation(image)
+            pixels = np.asarray(image, dtype=np.int64) if deep else np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, EOFError, ...
-        raise ValueError(f"{name} is damaged ({error}): copy or download it again") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        raise ValueError(f"{name} cannot be decoded ({error}): damaged? Copy or download it again") from error
+    if deep:
+        pixels = _from_sixteen_bit(pixels, name)
+    if orientation != 1:
+        pixels = np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
+    return torch.tensor(pixels).permute(2, 0, 1).contiguous()
 
 
-def _from_sixteen_bit(values: np.ndarray, name: str) -> Tensor:
-    """Grey of the full 16-bit range to 0..255; 65535 / 255 = 257 exactly."""
+def _from_sixteen_bit(values: np.ndarray, name: str) -> np.ndarray:
+    """Grey (H, W) of the full 16-bit range to (H, W, 3) in 0..255; 65535 / 255 = 257 exactly."""
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"{name} holds 32-bit integers {values.min()}..{values.max()}: convert it to 8 bits first")
-    return torch.from_numpy(((values + 128) // 257).astype(np.uint8)).expand(3, *values.shape).contiguous()
+    return np.repeat(((values + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _from_array(array: np.ndarray) -> Tensor:
@@ -175,7 +204,8 @@ def _from_array(array: np.ndarray) -> Tensor:
         raise ValueError(f"array of shape {array.shape}: expected (H, W, 3) or (H, W); tensors are (3, H, W)")
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"array of {array.dtype}: scale the values to 0..255 and convert by .astype('uint8')")
-    pixels = torch.from_numpy(np.array(array if array.ndim == 3 else array[..., None]))
+    dtype = np.uint8 if array.dtype == np.uint8 else np.float32
+    pixels = torch.from_numpy(np.array(array if array.ndim == 3 else array[..., None], dtype=dtype, order="C"))
     return _to_uint8(pixels.permute(2, 0, 1), f"array of shape {array.shape}")
 
 

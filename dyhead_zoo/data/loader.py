@@ -6,8 +6,9 @@ the global batch is spread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from dyhead_zoo.data.coco import CocoDataset
 from dyhead_zoo.data.transforms import (
     BatchPlan,
+    Sample,
     TrainTransform,
-    pad,
+    pad_and_stack,
     protocol_size,
     resize,
     round_up,
@@ -28,6 +30,9 @@ from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.structures import Batch, Target
 
 T = TypeVar("T")
+
+_ORDER, _PLAN, _SAMPLE = range(3)
+"""What random numbers are drawn for; part of the seed."""
 
 
 def make_train_loader(
@@ -42,7 +47,7 @@ def make_train_loader(
     num_workers: int = 0,
     *,
     accumulate: int = 1,
-    first_batch: int = 0,
+    start_batch: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
     """One epoch of training batches, of this process.
@@ -60,28 +65,25 @@ def make_train_loader(
         rank, world_size: this process and how many there are.
         num_workers: worker processes; the batches are the same for any number.
         accumulate: batches per optimiser step; the yielded batches come in groups of this many.
-        first_batch: skip the batches before it without making them, to resume within an epoch.
+        start_batch: skip the batches before it without making them, to resume within an epoch.
         pin_memory: for faster copies to a GPU.
 
     Returns:
         A ``DataLoader`` of ``Batch``; its length is the same on every rank. Crowd regions are left out of the targets.
     """
     _check_counts(batch_size=batch_size, world_size=world_size, accumulate=accumulate, pad_divisor=pad_divisor)
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank={rank} must be in 0..{world_size - 1} (world_size={world_size})")
+    _check_rank(rank, world_size)
+    if seed < 0 or epoch < 0 or start_batch < 0:
+        raise ValueError(f"seed={seed}, epoch={epoch}, start_batch={start_batch}: none may be negative")
     groups = _global_batches(dataset, transform, batch_size * world_size * accumulate, seed, epoch)
-
-    def make(number: int) -> Batch:
-        step, part = divmod(number, accumulate)
-        indices = groups[step]
-        generator = _generator(seed, epoch, 1, step)
-        plan = transform.plan([dataset.size(i) for i in indices], generator)
-        plan = plan._replace(canvas=round_up(plan.canvas, pad_divisor))
-        start = (part * world_size + rank) * batch_size
-        return _train_batch(dataset, transform, indices[start : start + batch_size], plan, seed, epoch)
-
-    numbers = range(first_batch, len(groups) * accumulate)
-    return _loader(_Numbered(make, numbers), num_workers, pin_memory)
+    batches = [
+        _Part(step, group, group[start : start + batch_size])
+        for step, group in enumerate(groups)
+        for start in range(rank * batch_size, len(group), world_size * batch_size)
+    ]
+    return _loader(
+        _TrainBatches(dataset, transform, seed, epoch, pad_divisor, batches[start_batch:]), num_workers, pin_memory
+    )
 
 
 def make_eval_loader(
@@ -101,18 +103,9 @@ def make_eval_loader(
     or less.
     """
     _check_counts(batch_size=batch_size, world_size=world_size)
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank={rank} must be in 0..{world_size - 1} (world_size={world_size})")
-    batches = _equal_canvas_batches([dataset.size(i) for i in range(len(dataset))], cfg, batch_size)[rank::world_size]
-
-    def make(number: int) -> Batch:
-        indices = batches[number]
-        records = [dataset.record(i) for i in indices]
-        images = [dataset.image(i) for i in indices]
-        targets = [Target(boxes=record.boxes, labels=record.labels) for record in records]
-        return _protocol_batch(images, targets, [record.image_id for record in records], cfg)
-
-    return _loader(_Numbered(make, range(len(batches))), num_workers, pin_memory)
+    _check_rank(rank, world_size)
+    batches = _equal_canvas_batches([dataset.size(i) for i in range(len(dataset))], cfg, batch_size)
+    return _loader(_EvalBatches(dataset, cfg, batches[rank::world_size]), num_workers, pin_memory)
 
 
 def prepare_images(images: Sequence[Tensor], cfg: PretrainedCfg, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
@@ -128,26 +121,83 @@ def prepare_images(images: Sequence[Tensor], cfg: PretrainedCfg, batch_size: int
     """
     _check_counts(batch_size=batch_size)
     for positions in _equal_canvas_batches([(i.shape[1], i.shape[2]) for i in images], cfg, batch_size):
-        targets = [Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64)) for _ in positions]
-        yield positions, _protocol_batch([images[i] for i in positions], targets, positions, cfg)
+        boxes, labels = [torch.zeros(0, 4)] * len(positions), [torch.zeros(0, dtype=torch.int64)] * len(positions)
+        yield positions, _protocol_batch([images[i] for i in positions], boxes, labels, positions, cfg)
 
 
-class _Numbered(Dataset[Batch]):
-    """Whole batches by number: the loader's workers need no further collation or random state."""
+class _Part(NamedTuple):
+    """One process's batch: the number of its global batch, the indices of all of that, and of the part."""
 
-    def __init__(self, make: Callable[[int], Batch], numbers: Sequence[int]) -> None:
-        self._make = make
-        self._numbers = numbers
+    step: int
+    group: list[int]
+    indices: list[int]
+
+
+@dataclass(frozen=True)
+class _TrainBatches(Dataset[Batch]):
+    """Whole batches by number, so that workers need no further collation and no random state."""
+
+    dataset: CocoDataset
+    transform: TrainTransform
+    seed: int
+    epoch: int
+    pad_divisor: int
+    batches: list[_Part]
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.batches)
 
-    def __getitem__(self, position: int) -> Batch:
-        return self._make(self._numbers[position])
+    def __getitem__(self, number: int) -> Batch:
+        step, group, indices = self.batches[number]
+        shared = _generator(self.seed, self.epoch, _PLAN, step)
+        plan = self.transform.plan([self.dataset.size(i) for i in group], shared)
+        plan = plan._replace(canvas=round_up(plan.canvas, self.pad_divisor))
+        images, boxes, labels = zip(*(self._sample(index, plan) for index in indices), strict=True)
+        return Batch(
+            images=pad_and_stack(images, *plan.canvas),
+            image_sizes=torch.tensor([image.shape[1:] for image in images]),
+            targets=_targets(boxes, labels),
+            image_ids=[self.dataset.image_ids[i] for i in indices],
+            original_sizes=torch.tensor([self.dataset.size(i) for i in indices]),
+        )
+
+    def _sample(self, index: int, plan: BatchPlan) -> Sample:
+        return self.transform(self.dataset, index, _generator(self.seed, self.epoch, _SAMPLE, index), plan)
 
 
-def _loader(batches: _Numbered, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    return DataLoader(batches, batch_size=None, num_workers=num_workers, collate_fn=_identity, pin_memory=pin_memory)
+@dataclass(frozen=True)
+class _EvalBatches(Dataset[Batch]):
+    dataset: CocoDataset
+    cfg: PretrainedCfg
+    batches: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Batch:
+        indices = self.batches[number]
+        records = [self.dataset.record(i) for i in indices]
+        boxes, labels = [record.boxes for record in records], [record.labels for record in records]
+        images = [self.dataset.image(i) for i in indices]
+        return _protocol_batch(images, boxes, labels, [record.image_id for record in records], self.cfg)
+
+
+def _loader(batches: Dataset[Batch], num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_identity,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its own: else every epoch would draw from the global one
+    )
+
+
+def _targets(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> list[Target]:
+    """One target per image, all in two blocks of memory: each block that a worker sends costs a file descriptor."""
+    counts = [len(rows) for rows in boxes]
+    pairs = zip(torch.cat(list(boxes)).split(counts), torch.cat(list(labels)).split(counts), strict=True)
+    return [Target(boxes=b, labels=n) for b, n in pairs]
 
 
 def _identity(item: T) -> T:
@@ -160,18 +210,22 @@ def _check_counts(**counts: int) -> None:
             raise ValueError(f"{name}={value} must be at least 1")
 
 
-def _generator(*key: int) -> torch.Generator:
-    """A generator whose seed depends on all of the key, well mixed."""
-    if min(key) < 0:
-        raise ValueError(f"seed, epoch and index must not be negative, got {key}")
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} must be in 0..{world_size - 1} (world_size={world_size})")
+
+
+def _generator(seed: int, epoch: int, purpose: int, number: int) -> torch.Generator:
+    """A generator of its own for each thing that is drawn; ``SeedSequence`` keeps neighbouring keys independent."""
+    key = np.random.SeedSequence((seed, epoch, purpose, number))
+    return torch.Generator().manual_seed(int(key.generate_state(1)[0]))
 
 
 def _global_batches(
     dataset: CocoDataset, transform: TrainTransform, size: int, seed: int, epoch: int
 ) -> list[list[int]]:
     """The epoch's order, in full batches of alike shape where the recipe asks for it."""
-    generator = _generator(seed, epoch, 0, 0)
+    generator = _generator(seed, epoch, _ORDER, 0)
     order = torch.randperm(len(dataset), generator=generator).tolist()
     groups = [order]
     if transform.group_by_aspect:
@@ -189,19 +243,6 @@ def _global_batches(
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def _train_batch(
-    dataset: CocoDataset, transform: TrainTransform, indices: Sequence[int], plan: BatchPlan, seed: int, epoch: int
-) -> Batch:
-    samples = [transform(dataset, index, _generator(seed, epoch, 2, index), plan) for index in indices]
-    return Batch(
-        images=torch.stack([pad(image, *plan.canvas) for image, _, _ in samples]),
-        image_sizes=torch.tensor([image.shape[1:] for image, _, _ in samples]),
-        targets=[Target(boxes=boxes, labels=labels) for _, boxes, labels in samples],
-        image_ids=[dataset.image_ids[i] for i in indices],
-        original_sizes=torch.tensor([dataset.size(i) for i in indices]),
-    )
-
-
 def _equal_canvas_batches(sizes: Sequence[tuple[int, int]], cfg: PretrainedCfg, batch_size: int) -> list[list[int]]:
     """Positions grouped by the canvas that each size gets, in groups of at most ``batch_size``."""
     by_canvas: dict[tuple[int, int], list[int]] = {}
@@ -215,17 +256,24 @@ def _equal_canvas_batches(sizes: Sequence[tuple[int, int]], cfg: PretrainedCfg, 
     ]
 
 
-def _protocol_batch(images: Sequence[Tensor], targets: list[Target], image_ids: list[int], cfg: PretrainedCfg) -> Batch:
+def _protocol_batch(
+    images: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    image_ids: list[int],
+    cfg: PretrainedCfg,
+) -> Batch:
     """Resize images of equal canvas, and their boxes, by the cfg's protocol."""
     original = [(image.shape[1], image.shape[2]) for image in images]
     sizes = [protocol_size(h, w, cfg.short_side, cfg.long_side, cfg.rounding) for h, w in original]
-    canvas = round_up(sizes[0], cfg.pad_divisor)
     resized = [
-        pad(resize(image, *size, cfg.interpolation, cfg.antialias), *canvas)
-        for image, size in zip(images, sizes, strict=True)
+        resize(image, *size, cfg.interpolation, cfg.antialias) for image, size in zip(images, sizes, strict=True)
     ]
-    scaled = [
-        Target(boxes=scale_boxes(target["boxes"], before, after), labels=target["labels"])
-        for target, before, after in zip(targets, original, sizes, strict=True)
-    ]
-    return Batch(torch.stack(resized), torch.tensor(sizes), scaled, image_ids, torch.tensor(original))
+    moved = [scale_boxes(*item) for item in zip(boxes, original, sizes, strict=True)]
+    return Batch(
+        images=pad_and_stack(resized, *round_up(sizes[0], cfg.pad_divisor)),
+        image_sizes=torch.tensor(sizes),
+        targets=_targets(moved, labels),
+        image_ids=image_ids,
+        original_sizes=torch.tensor(original),
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class TrainTransform(Protocol):
     makes one sample that fits the plan's canvas. ``group_by_aspect`` asks the loader for batches of alike shapes.
     """
 
-    group_by_aspect: bool
+    group_by_aspect: ClassVar[bool]
 
     def plan(self, sizes: Sequence[tuple[int, int]], generator: torch.Generator) -> BatchPlan: ...
     def __call__(
@@ -101,11 +101,12 @@ def resize_to_protocol(
     return resize(image, height, width, interpolation, antialias)
 
 
-def pad(image: Tensor, height: int, width: int) -> Tensor:
-    """Zeros at the right and bottom, to (3, height, width)."""
-    canvas = image.new_zeros((image.shape[0], height, width))
-    canvas[:, : image.shape[1], : image.shape[2]] = image
-    return canvas
+def pad_and_stack(images: Sequence[Tensor], height: int, width: int) -> Tensor:
+    """Pictures (3, H, W) of different sizes to (B, 3, height, width), with zeros at the right and bottom."""
+    batch = images[0].new_zeros((len(images), 3, height, width))
+    for row, image in zip(batch, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return batch
 
 
 def round_up(size: tuple[int, int], divisor: int) -> tuple[int, int]:
@@ -254,7 +255,14 @@ class StandardTrain:
     short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     long_side: int = 1333
     flip: float = 0.5
-    group_by_aspect: bool = True
+    group_by_aspect: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.short_sides or min(self.short_sides) < 1 or self.long_side < 1:
+            raise ValueError(
+                f"short_sides={self.short_sides}, long_side={self.long_side}: sides must be at least 1 pixel"
+            )
+        _check_probabilities(flip=self.flip)
 
     def plan(self, sizes: Sequence[tuple[int, int]], generator: torch.Generator) -> BatchPlan:
         """Draw the scale; the canvas is the smallest that holds every image of the global batch."""
@@ -292,7 +300,13 @@ class SmallDataTrain:
     mosaic: float = 0.5
     color: float = 0.5
     flip: float = 0.5
-    group_by_aspect: bool = False
+    group_by_aspect: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        if self.size < 1 or not 0 < low <= high < math.inf:
+            raise ValueError(f"size={self.size}, scale={self.scale}: size must be positive, and 0 < low <= high")
+        _check_probabilities(mosaic=self.mosaic, color=self.color, flip=self.flip)
 
     def plan(self, sizes: Sequence[tuple[int, int]], generator: torch.Generator) -> BatchPlan:
         """The same canvas for every batch."""
@@ -313,3 +327,9 @@ class SmallDataTrain:
         if _uniform(generator, 0, 1) < self.flip:
             image, boxes = flip_horizontal(image, boxes)
         return image, boxes, labels
+
+
+def _check_probabilities(**probabilities: float) -> None:
+    for name, value in probabilities.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} is a probability: it must be in 0..1")

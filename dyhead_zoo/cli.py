@@ -148,7 +148,9 @@ def _add_predict(verbs: Any) -> argparse.ArgumentParser:
         metavar="IMAGE|FOLDER|GLOB",
         help="pictures; without any, a photograph that ships with the package",
     )
-    verb.add_argument("--detector", metavar="NAME", help="detector; by default the one that ships with the package")
+    verb.add_argument(
+        "--detector", metavar="NAME", help="default: that of the checkpoint, or the one that ships with the package"
+    )
     verb.add_argument("--output", type=Path, default=Path("runs/predict"), metavar="DIR", help="default: %(default)s")
     _add_model_flags(verb)
     verb.add_argument("--score-threshold", type=float, default=0.3, metavar="S", help="default: %(default)s")
@@ -160,13 +162,12 @@ def _add_predict(verbs: Any) -> argparse.ArgumentParser:
 
 def run_predict(args: argparse.Namespace) -> int:
     """Detect objects in files; 1 if some could not be read."""
-    from dyhead_zoo import DEFAULT_DETECTOR
     from dyhead_zoo.engine.predict import PREDICTIONS_FILE, find_images, predict_files, sample_photo
 
     if not args.inputs:
         print("no input given: using the photograph that ships with the package (an astronaut; NASA, public domain)")
     files = find_images(args.inputs or [sample_photo()])  # a wrong path is told before weights are loaded
-    detector = _load_detector(args.detector or DEFAULT_DETECTOR, args)
+    detector = _load_detector(args.detector, args)
     result = predict_files(
         detector,
         files,
@@ -372,36 +373,27 @@ def _add_model_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ..; default: a GPU where there is one")
 
 
-def _load_detector(name: str, args: argparse.Namespace) -> Detector:
-    """The detector that the flags of ``_add_model_flags`` ask for, in eval mode."""
+def _load_detector(name: str | None, args: argparse.Namespace) -> Detector:
+    """The detector that the flags of ``_add_model_flags`` ask for, in eval mode.
+
+    Our own weight files carry their detector's name, arguments and labels, so flags need not repeat them.
+    """
     import torch
 
-    from dyhead_zoo import create_detector
-
-    _check_device(args.device)
-    given = {"class_names": args.class_names, "num_classes": args.num_classes}
-    given = {key: value for key, value in given.items() if value is not None}
-    recorded = _recorded_arguments(args.checkpoint, name, labels=not given) if args.checkpoint else {}
-    detector = create_detector(
-        name, pretrained=args.checkpoint is None, checkpoint=args.checkpoint, **(recorded | given)
-    )
-    return detector.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _recorded_arguments(checkpoint: Path, name: str, labels: bool) -> dict[str, Any]:
-    """Architecture and labels that our own weight files carry, as arguments of ``create_detector``."""
-    from dyhead_zoo import LabelSpace
+    from dyhead_zoo import DEFAULT_DETECTOR, LabelSpace, create_detector
     from dyhead_zoo.weights import read_state_dict
 
-    metadata = read_state_dict(checkpoint)[1]
-    arguments: dict[str, Any] = {}
-    if "config" in metadata:
-        config = json.loads(metadata["config"])
-        if config["name"] == name.partition(".")[0]:
-            arguments.update(config["arch"])
-    if labels and "label_space" in metadata:
+    _check_device(args.device)
+    metadata = read_state_dict(args.checkpoint)[1] if args.checkpoint else {}
+    config = json.loads(metadata.get("config", "{}"))
+    name = name or config.get("name", DEFAULT_DETECTOR)
+    arguments = dict(config["arch"]) if config.get("name") == name.partition(".")[0] else {}
+    if args.class_names or args.num_classes:
+        arguments.update(class_names=args.class_names, num_classes=args.num_classes)
+    elif "label_space" in metadata:
         arguments["class_names"] = LabelSpace.from_dict(json.loads(metadata["label_space"]))
-    return arguments
+    detector = create_detector(name, pretrained=args.checkpoint is None, checkpoint=args.checkpoint, **arguments)
+    return detector.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _check_device(device: str | None) -> None:

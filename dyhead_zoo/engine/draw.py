@@ -30,7 +30,7 @@ def draw_detections(image: Image.Image, detections: Detections, names: Sequence[
     picture = image.convert("RGB")  # always a copy, so that the caller's image stays clean
     canvas = ImageDraw.Draw(picture)
     short_side = min(picture.size)
-    line = max(1, round(short_side / 200))
+    line = max(2, round(short_side / 200))
     font = ImageFont.load_default(size=max(_MIN_FONT_SIZE, round(short_side / 35)))
     rows = list(
         zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True),

@@ -200,4 +200,5 @@ def _add(
 
 def _draw(image: Tensor, detections: Detections, names: Sequence[str], path: Path) -> None:
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    draw_detections(picture, detections, names).save(path, quality=92)
+    # full chroma resolution: thin coloured lines would fade otherwise
+    draw_detections(picture, detections, names).save(path, quality=92, subsampling=0)

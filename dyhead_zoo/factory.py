@@ -20,7 +20,11 @@ from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.weights import fetch, load_checkpoint
 
 _RESERVED = {"self", "name", "in_channels", "in_strides", "num_classes", "pretrained", "pad_divisor"}
-_TRAINING_ONLY = {"frozen_stages", "norm_eval", "freeze_norm", "drop_path", "score_threshold", "max_detections", "pre_nms"}
+_FREE = {
+    *("frozen_stages", "norm_eval", "freeze_norm", "drop_path", "full_precision"),  # of training
+    *("score_threshold", "pre_nms", "nms_threshold", "max_detections"),  # of decoding
+}
+"""Arguments that may differ from those of the weights."""
 
 
 def create_detector(
@@ -84,7 +88,9 @@ def create_detector(
 def _from_folder(folder: Path, user: dict[str, Any]) -> Detector:
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: 'local-dir:' needs a folder with config.json and model.safetensors")
+        raise FileNotFoundError(
+            f"{path} does not exist: 'local-dir:' needs a folder with config.json and model.safetensors"
+        )
     try:
         config = json.loads(path.read_text())
         version, arch = config["format_version"], dict(config["arch"])
@@ -92,7 +98,9 @@ def _from_folder(folder: Path, user: dict[str, Any]) -> Detector:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a dyhead_zoo config: {error!r}") from error
     if version > FORMAT_VERSION:
-        raise ValueError(f"{path} has format {version}, this dyhead_zoo reads up to {FORMAT_VERSION}: upgrade dyhead_zoo")
+        raise ValueError(
+            f"{path} has format {version}, this dyhead_zoo reads up to {FORMAT_VERSION}: upgrade dyhead_zoo"
+        )
     cfg = cfg.replace(file=str((folder / "model.safetensors").resolve()), source="native", arch={})
     name = str(config["name"])
     if registry.is_detector(name):
@@ -141,7 +149,9 @@ def build_detector(
     head = head_cls(neck.channels, neck.strides, len(labels), pad_divisor=cfg.pad_divisor, **parts[head_cls])
     detector = Detector(backbone, neck, head, name=name, arch=options, pretrained_cfg=cfg, in_chans=in_chans)
     if pretrained:
-        load_checkpoint(detector, fetch(weights_cfg, cache_dir), weights_cfg.source, label_space=weights_cfg.label_space)
+        load_checkpoint(
+            detector, fetch(weights_cfg, cache_dir), weights_cfg.source, label_space=weights_cfg.label_space
+        )
     if checkpoint is not None:
         load_checkpoint(detector, checkpoint)
     return detector.eval()
@@ -156,10 +166,13 @@ def _check_pretrained(
             "list_pretrained()"
         )
     needed = {**defaults, **cfg.arch}
-    for key in set(user) & set(needed) - _TRAINING_ONLY:
+    for key in set(user) & set(needed) - _FREE:
         same = user[key] == needed[key]
         if key == "backbone":
-            same = resolve_backbone_name(user[key]).partition(".")[0] == resolve_backbone_name(needed[key]).partition(".")[0]
+            same = (
+                resolve_backbone_name(user[key]).partition(".")[0]
+                == resolve_backbone_name(needed[key]).partition(".")[0]
+            )
         if not same:
             raise ValueError(
                 f"{key}={user[key]!r} contradicts the weights of {name}, which need {key}={needed[key]!r}: "

@@ -100,5 +100,7 @@ class PretrainedCfg:
         """Inverse of ``to_dict``; unknown keys (of a newer version) are an error that names them."""
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(data) - known):
-            raise ValueError(f"unknown pretrained-cfg keys {unknown}: written by a newer dyhead_zoo? Known: {sorted(known)}")
+            raise ValueError(
+                f"unknown pretrained-cfg keys {unknown}: written by a newer dyhead_zoo? Known: {sorted(known)}"
+            )
         return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})

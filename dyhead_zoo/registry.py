@@ -150,7 +150,9 @@ def get_pretrained_cfg(name: str) -> PretrainedCfg:
     if tag not in tags:
         close = difflib.get_close_matches(tag, tags, n=1)
         hint = f"Did you mean {arch}.{close[0]}? " if close else ""
-        raise UnknownDetectorError(f"{arch} has no weight tag {tag!r}. {hint}Its tags: {', '.join(filter(None, tags)) or 'none'}")
+        raise UnknownDetectorError(
+            f"{arch} has no weight tag {tag!r}. {hint}Its tags: {', '.join(filter(None, tags)) or 'none'}"
+        )
     return tags[tag]
 
 

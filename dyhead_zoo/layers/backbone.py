@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,8 @@ class Backbone(nn.Module):
         norm_eval: BatchNorm layers keep their running statistics in training.
         freeze_norm: BatchNorm's weight and bias are not trained either (implies ``norm_eval``).
         drop_path: stochastic depth rate.
+        full_precision: stay in float32 under autocast; on CPUs the backward pass of depthwise convolutions is slower in
+            bfloat16 than in float32.
 
     Attributes:
         channels, strides: of the levels returned.
@@ -142,8 +145,10 @@ class Backbone(nn.Module):
         norm_eval: bool = False,
         freeze_norm: bool = False,
         drop_path: float = 0.0,
+        full_precision: bool = False,
     ) -> None:
         super().__init__()
+        self.full_precision = full_precision
         self.name = resolve_backbone_name(name)
         self.image_size = image_size
         self.strides = tuple(strides)
@@ -218,15 +223,18 @@ class Backbone(nn.Module):
             raise ValueError(f"the canvas is {height} x {width} px: pad images to at least {_MIN_INPUT} px a side")
         if self.image_size is not None and (height, width) != tuple(self.image_size):
             images = self._to_fixed_size(images)
-        taps = self.body.forward_intermediates(
-            images, indices=self._take, stop_early=True, output_fmt="NCHW", intermediates_only=True
-        )
+        with torch.autocast(images.device.type, enabled=False) if self.full_precision else nullcontext():
+            taps = self.body.forward_intermediates(
+                images, indices=self._take, stop_early=True, output_fmt="NCHW", intermediates_only=True
+            )
         by_level = dict(zip(self._taps, taps, strict=True))
         levels = []
         for k, (source, stride) in enumerate(zip(self._sources, self.strides, strict=True)):
             x = by_level[source]
             if str(k) in self.pyramid:
-                x = self.pyramid[str(k)](x, (math.ceil(images.shape[-2] / stride), math.ceil(images.shape[-1] / stride)))
+                x = self.pyramid[str(k)](
+                    x, (math.ceil(images.shape[-2] / stride), math.ceil(images.shape[-1] / stride))
+                )
             if self.norms is not None:
                 x = self.norms[k](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             levels.append(x)
@@ -277,7 +285,9 @@ def _load_body(body: nn.Module, source: str | Path | Mapping[str, Tensor], in_ch
     wanted = body.state_dict()
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     wrong = [
-        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in wanted.items() if k in state and state[k].shape != v.shape
+        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
+        for k, v in wanted.items()
+        if k in state and state[k].shape != v.shape
     ]
     if missing or wrong:
         raise ValueError(

@@ -48,7 +48,9 @@ def dense_detections(
         for level, logits in enumerate(class_logits):
             num_classes = logits.shape[-1]
             flat = logits[image].float().flatten()
-            chosen = (flat > _logit(score_threshold)).nonzero().squeeze(1)  # threshold first: cheaper than sigmoid of all
+            chosen = (
+                (flat > _logit(score_threshold)).nonzero().squeeze(1)
+            )  # threshold first: cheaper than sigmoid of all
             prob = flat[chosen].sigmoid()
             quality = prob.new_ones(())
             if quality_logits is not None:

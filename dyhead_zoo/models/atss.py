@@ -120,7 +120,9 @@ class ATSSHead(nn.Module):
         anchors = torch.cat(per_level)
         owners, valid = [], []
         for size, target in zip(raw.image_sizes.tolist(), targets, strict=True):
-            inside = torch.cat([_inside(x, s, size, self.pad_divisor) for x, s in zip(raw.cls_logits, self.strides, strict=True)])
+            inside = torch.cat(
+                [_inside(x, s, size, self.pad_divisor) for x, s in zip(raw.cls_logits, self.strides, strict=True)]
+            )
             counts = [int(part.sum()) for part in inside.split([len(level) for level in per_level])]
             owner = torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
             owner[inside] = atss_assign(anchors[inside], counts, target["boxes"].to(anchors))
@@ -151,7 +153,9 @@ class ATSSHead(nn.Module):
             total_goal = mean_over_ranks(goal.sum()).clamp(min=1)
             predicted = self.coder.decode(deltas[positive], anchor)
             loss_box = 2 * (giou_loss(predicted, boxes) * goal).sum() / total_goal
-            loss_centerness = F.binary_cross_entropy_with_logits(quality[positive], goal, reduction="sum") / num_positive
+            loss_centerness = (
+                F.binary_cross_entropy_with_logits(quality[positive], goal, reduction="sum") / num_positive
+            )
         return {"loss_cls": loss_cls, "loss_box": loss_box, "loss_centerness": loss_centerness}
 
     def decode_tensors(self, raw: ATSSOutput) -> DetectionTensors:
@@ -228,6 +232,11 @@ _OFFICIAL_ARCH = {
 _CAFFE_INPUT: dict[str, Any] = {"mean": (103.53, 116.28, 123.675), "std": (1.0, 1.0, 1.0), "channel_order": "bgr"}
 _CAFFE_ARCH = {"caffe": True, "freeze_norm": True}
 _SMALL = PretrainedCfg(short_side=384, long_side=384, license="apache-2.0", paper_ids=_MMDET_DYHEAD.paper_ids)
+_LITE = _SMALL.replace(
+    mean=(127.5, 127.5, 127.5),
+    std=(127.5, 127.5, 127.5),
+    arch={"anchor_offset": 0.5, "score_threshold": 0.01},
+)
 
 cfgs = {
     "atss_resnet50.mmdet_1x_coco": _MMDET.replace(
@@ -274,8 +283,7 @@ cfgs = {
     ),
     "atss_resnet50_dyhead6.official_mmdet_names_1x_coco": _OFFICIAL.replace(
         source="mmdet",
-        url="https://github.com/shinya7y/weights/releases/download/v1.0.0/"
-        "dyhead_r50_atss_fpn_1x_mmdet-4d5fec82.pth",
+        url="https://github.com/shinya7y/weights/releases/download/v1.0.0/dyhead_r50_atss_fpn_1x_mmdet-4d5fec82.pth",
         hash_prefix="4d5fec82",
         description="The official weights with mmdetection's parameter names.",
         **_CAFFE_INPUT,
@@ -300,8 +308,8 @@ cfgs = {
         arch={**_OFFICIAL_ARCH, "drop_path": 0.2, "extra_relu": False, "rank_by_product": False},
         reported={"AP": 56.2},
     ),
-    "atss_lite0_dyhead2": _SMALL,
-    "atss_lite2_dyhead3": _SMALL,
+    "atss_lite0_dyhead2": _LITE,
+    "atss_lite2_dyhead3": _LITE,
     "test_atss": _SMALL,
     "test_atss_dyhead1": _SMALL,
 }
@@ -370,8 +378,8 @@ def atss_swin_large_dyhead6(pretrained: bool = False, **kwargs: Any) -> Detector
 
 @register_detector
 def atss_lite0_dyhead2(pretrained: bool = False, **kwargs: Any) -> Detector:
-    """ATSS, EfficientNet-Lite0, two DyHead blocks of 128 channels: trains and runs on a CPU."""
-    return atss("atss_lite0_dyhead2", pretrained, kwargs, backbone="lite0", channels=128, dyhead=2)
+    """ATSS, EfficientNet-Lite0, two DyHead blocks of 96 channels: trains and runs on a CPU."""
+    return atss("atss_lite0_dyhead2", pretrained, kwargs, backbone="lite0", channels=96, dyhead=2)
 
 
 @register_detector

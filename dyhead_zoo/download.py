@@ -8,6 +8,7 @@ Environment:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import logging
@@ -18,7 +19,6 @@ from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from tqdm import tqdm
 
 from dyhead_zoo.pretrained import PretrainedCfg
@@ -90,7 +90,7 @@ def fetch(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path:
     if cfg.hf_hub_id and (cfg.sha256 or not cfg.url):
         try:
             return _from_hub(cfg)
-        except (OSError, EntryNotFoundError, ValueError) as error:
+        except Exception as error:  # the client's HTTP library, and with it the errors, differ between its versions
             failures.append(f"{cfg.hf_hub_id} on the Hub: {_one_line(error)}")
     if cfg.url:
         return _from_urls(cfg, cfg.url, cache_directory(cache_dir), failures)
@@ -167,7 +167,8 @@ def _cached(path: Path, cfg: PretrainedCfg) -> bool:
         _logger.warning("%s is damaged or was changed (%s) and has to be downloaded again", path, problem)
         return False
     if not (cfg.sha256 or cfg.hash_prefix or recorded):  # put there by hand
-        _record_hash(path, sha256_of(path))
+        with contextlib.suppress(OSError):  # a shared cache may be read-only
+            _record_hash(path, sha256_of(path))
     return True
 
 

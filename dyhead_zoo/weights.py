@@ -109,24 +109,31 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return unwrap(checkpoint)
 
 
+class _Refused(pickle.UnpicklingError):
+    """Something in a pickle that is neither an array nor made of plain Python values."""
+
+
 def _encode_latin1(text: str, encoding: str) -> bytes:
     """What protocol 2 pickles of Python 3 call to restore bytes; other codecs are refused."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"codec {encoding!r}")
+        raise _Refused(f"codec {encoding!r}")
     return text.encode("latin1")
 
 
 def _number_type(code: str, align: bool = False, copy: bool = True) -> np.dtype[Any]:
     """``numpy.dtype`` for plain numbers; others could hold objects, or sizes that do not agree with their data."""
     if not isinstance(code, str) or np.dtype(code).kind not in "biuf":
-        raise pickle.UnpicklingError(f"an array of {code!r}")
+        raise _Refused(f"an array of {code!r}")
     return np.dtype(code, align=align, copy=copy)
 
 
-_RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy moved it between its versions
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_FROM_BUFFER = np.empty(0).__reduce_ex__(5)[0]
 _ADMITTED: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,  # numpy 1
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,  # numpy 2
+    ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
+    ("numpy._core.numeric", "_frombuffer"): _FROM_BUFFER,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): _number_type,
     ("_codecs", "encode"): _encode_latin1,
@@ -141,14 +148,14 @@ class _ArrayUnpickler(pickle.Unpickler):
         try:
             return _ADMITTED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name}") from None
+            raise _Refused(f"{module}.{name}") from None
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with path.open("rb") as file:
             checkpoint = _ArrayUnpickler(file, encoding="latin1").load()
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise CheckpointError(
             f"refused: only numpy arrays are read from a pickle, this one asks for {error}"
         ) from error

@@ -45,7 +45,7 @@ def detector_shapes(name: str, **kwargs: Any) -> Shapes:
         return {key: tuple(value.shape) for key, value in create_detector(name, **kwargs).state_dict().items()}
 
 
-def meta_tensors(shapes: Shapes) -> dict[str, Tensor]:
+def meta_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
 
 

@@ -1,0 +1,725 @@
+"""Weight files: read without running them, fetched with their hash, loaded key by key and class by class."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import os
+import pickle
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dyhead_zoo import download
+from dyhead_zoo.data.label_space import COCO_80, LabelSpace
+from dyhead_zoo.detector import Detector
+from dyhead_zoo.download import DownloadError, HashMismatch, cached_path
+from dyhead_zoo.factory import create_detector
+from dyhead_zoo.pretrained import PretrainedCfg
+from dyhead_zoo.weights import (
+    CheckpointError,
+    ClassRows,
+    detect_source,
+    fetch,
+    load_checkpoint,
+    read_state_dict,
+    sha256_of,
+    write_safetensors,
+)
+
+TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7)}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert actual[key].dtype == value.dtype and torch.equal(actual[key], value), key
+
+
+class Payload:
+    """Runs a command when unpickled, if it is let."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.trace}",)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_safetensors_round_trip_with_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    transposed = torch.arange(6.0).reshape(2, 3).T
+    write_safetensors(path, {**TENSORS, "shared": TENSORS["b"], "t": transposed}, {"note": "x"})
+    tensors, metadata = read_state_dict(path)
+    assert_same(tensors, {**TENSORS, "shared": TENSORS["b"], "t": transposed})
+    assert metadata == {"format": "pt", "note": "x"}
+    assert os.listdir(tmp_path) == ["w.safetensors"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    write_safetensors(path, TENSORS)
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match=r"strings.*\{'epoch': 3\}"):
+        write_safetensors(path, {}, {"epoch": 3})  # type: ignore[dict-item]
+    with pytest.raises(Exception, match="."):
+        write_safetensors(path, {"x": torch.zeros(2, device="meta")})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["w.safetensors"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_with_and_without_wrapper(tmp_path: Path, suffix: str, zipped: bool) -> None:
+    path = tmp_path / f"w{suffix}"
+    torch.save(OrderedDict(TENSORS), path, _use_new_zipfile_serialization=zipped)
+    assert read_state_dict(path)[1] == {}
+    torch.save({"meta": {"CLASSES": ("cat",)}, "state_dict": TENSORS}, path, _use_new_zipfile_serialization=zipped)
+    tensors, metadata = read_state_dict(path)
+    assert_same(tensors, TENSORS)
+    assert metadata == {"CLASSES": ("cat",)}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_pickled_numpy_arrays(tmp_path: Path, protocol: int, wrapped: bool) -> None:
+    arrays = {key: value.numpy() for key, value in TENSORS.items()}
+    path = tmp_path / "w.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "x"} if wrapped else arrays, protocol))
+    assert_same(read_state_dict(path)[0], TENSORS)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_refused_and_does_not_run(tmp_path: Path, suffix: str, zipped: bool) -> None:
+    trace, path = tmp_path / "trace", tmp_path / f"w{suffix}"
+    content = {"a": TENSORS["a.weight"].numpy() if suffix == ".pkl" else TENSORS["a.weight"], "x": Payload(trace)}
+    if suffix == ".pth":
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"w\{suffix}: .*system[\s\S]*"):
+        read_state_dict(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        np.array([{}], dtype=object),
+        np.array(["x"]),
+        np.zeros(2, dtype=[("a", "f4")]),
+        np.float32(1),
+        np.zeros(2).tobytes,
+        eval,
+        pickle.Unpickler,
+        "abc".encode,
+    ],
+)
+def test_pickles_of_anything_but_arrays_of_numbers_are_refused(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "w.pkl"
+    path.write_bytes(pickle.dumps({"x": content}, 4))
+    with pytest.raises(CheckpointError, match=r"w\.pkl: refused"):
+        read_state_dict(path)
+
+
+def test_pickle_with_another_codec_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.pkl"
+    path.write_bytes(b"c_codecs\nencode\n(Vx\nVzlib_codec\ntR.")
+    with pytest.raises(CheckpointError, match="codec 'zlib_codec'"):
+        read_state_dict(path)
+
+
+def _bytes_of(suffix: str) -> bytes:
+    buffer = io.BytesIO()
+    if suffix == ".safetensors":
+        from safetensors.torch import save
+
+        return save(TENSORS)
+    if suffix == ".pkl":
+        return pickle.dumps({key: value.numpy() for key, value in TENSORS.items()})
+    torch.save(TENSORS, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pkl"])
+def test_truncated_files_are_named_with_a_remedy(tmp_path: Path, suffix: str) -> None:
+    whole = _bytes_of(suffix)
+    for length in {0, 1, 7, 9, len(whole) // 2, len(whole) - 1}:
+        path = tmp_path / f"w{suffix}"
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=rf"w\{suffix}: .*[Ff]etch it again"):
+            read_state_dict(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    suffix=st.sampled_from([".safetensors", ".pth", ".pkl"]),
+    start=st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04", (20).to_bytes(8, "little") + b"{"]),
+    rest=st.binary(max_size=200),
+)
+def test_garbage_is_a_checkpoint_error_whatever_it_is(tmp_path: Path, suffix: str, start: bytes, rest: bytes) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(start + rest)
+    with pytest.raises(CheckpointError):
+        read_state_dict(path)
+
+
+def test_header_larger_than_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="its header alone would need"):
+        read_state_dict(path)
+
+
+def test_missing_files_and_unknown_suffixes(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="it is a directory"):
+        read_state_dict(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no weight file at"):
+        read_state_dict(tmp_path / "w.pth")
+    (tmp_path / "w.onnx").touch()
+    with pytest.raises(CheckpointError, match=r"unknown suffix '\.onnx'.*\.safetensors"):
+        read_state_dict(tmp_path / "w.onnx")
+
+
+# --- fetching ---------------------------------------------------------------------------------------------------------
+
+BODY = _bytes_of(".safetensors")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers by path; counts the requests."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.requests: list[str] = []
+        self.body = BODY
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/{path}"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, Server)
+        server.requests.append(self.path)
+        if self.path.startswith("/missing"):
+            self.send_error(404)
+            return
+        body = b"<html>moved</html>" if self.path.startswith("/page") else server.body
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html" if self.path.startswith("/page") else "application/octet-stream")
+        if not self.path.startswith("/unsized"):
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:-10] if self.path.startswith("/dropped") else body)
+
+    def log_message(self, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("DYHEAD_ZOO_OFFLINE", "HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DYHEAD_ZOO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def digest(tmp_path: Path) -> str:
+    path = tmp_path / "body"
+    path.write_bytes(BODY)
+    return sha256_of(path)
+
+
+def leftovers(cache: Path) -> list[str]:
+    return [name for name in os.listdir(cache) if name.endswith((".part", ".tmp"))]
+
+
+@pytest.mark.parametrize("path", ["good.safetensors", "unsized.safetensors?download=true"])
+def test_download_once_then_from_the_cache(server: Server, cache: Path, digest: str, path: str) -> None:
+    cfg = PretrainedCfg(url=server.url(path), sha256=digest)
+    first = fetch(cfg)
+    assert first.parent == cache and first.suffix == ".safetensors"
+    assert first.read_bytes() == BODY
+    assert fetch(cfg) == first
+    assert len(server.requests) == 1
+    assert not leftovers(cache)
+
+
+@pytest.mark.parametrize("bad", ["missing", "dropped", "page"])
+@pytest.mark.parametrize("with_hash", [True, False])
+def test_the_mirror_serves_when_the_original_fails(server: Server, bad: str, with_hash: bool, digest: str) -> None:
+    cfg = PretrainedCfg(
+        url=server.url(f"{bad}.pth"), mirrors=(server.url("good.pth"),), sha256=digest if with_hash else None
+    )
+    assert fetch(cfg).read_bytes() == BODY
+    assert server.requests == [f"/{bad}.pth", "/good.pth"]
+
+
+def test_every_failure_is_listed(server: Server, cache: Path) -> None:
+    mirrors = (server.url("dropped.pth"), server.url("page.pth"), server.url("good.pth"), "file:///etc/passwd")
+    cfg = PretrainedCfg(url=server.url("missing.pth"), mirrors=mirrors, hash_prefix="00000000")
+    with pytest.raises(DownloadError) as caught:
+        fetch(cfg)
+    message = str(caught.value)
+    for url, reason in zip(
+        (cfg.url, *mirrors),
+        ("404", f"after {len(BODY) - 10} of {len(BODY)} bytes", "web page", "expected 00000000", "only http"),
+        strict=True,
+    ):
+        line = next(line for line in message.splitlines() if str(url) in line)
+        assert reason in line
+    assert str(cached_path(str(cfg.url), cache)) in message
+    assert not leftovers(cache) and not cached_path(str(cfg.url), cache).exists()
+
+
+def test_unreachable_server(server: Server) -> None:
+    server.server_close()
+    with pytest.raises(DownloadError, match="URLError|Connection"):
+        fetch(PretrainedCfg(url=server.url("good.pth")))
+
+
+def test_hash_prefix_of_the_file_name(server: Server, digest: str) -> None:
+    assert fetch(PretrainedCfg(url=server.url("good.pth"), hash_prefix=digest[:8])).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("stated", ["sha256", "hash_prefix", "first download"])
+def test_a_damaged_cache_entry_is_downloaded_again(
+    server: Server, digest: str, stated: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = PretrainedCfg(url=server.url("good.pth"))
+    if stated != "first download":
+        cfg = cfg.replace(**{stated: digest if stated == "sha256" else digest[:8]})
+    path = fetch(cfg)
+    path.write_bytes(BODY[:-1] + b"x")
+    assert fetch(cfg).read_bytes() == BODY
+    assert len(server.requests) == 2
+    assert "damaged or was changed" in caplog.text and str(path) in caplog.text
+
+
+def test_another_file_than_the_first_download_is_refused(server: Server) -> None:
+    cfg = PretrainedCfg(url=server.url("good.pth"))
+    path = fetch(cfg)
+    path.unlink()
+    server.body = BODY + b" "
+    with pytest.raises(DownloadError, match=r"another file than the published one.*delete .*\.sha256"):
+        fetch(cfg)
+    Path(f"{path}.sha256").unlink()
+    assert fetch(cfg).read_bytes() == BODY + b" "
+
+
+@pytest.mark.parametrize("variable", ["DYHEAD_ZOO_OFFLINE", "HF_HUB_OFFLINE"])
+def test_offline_uses_the_cache_and_says_what_to_do_without_it(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    cfg = PretrainedCfg(url=server.url("good.pth"))
+    monkeypatch.setenv(variable, "1")
+    expected = cached_path(str(cfg.url), cache)
+    with pytest.raises(DownloadError) as caught:
+        fetch(cfg)
+    assert all(text in str(caught.value) for text in (f"{variable}=1", str(cfg.url), str(expected)))
+    cache.mkdir(exist_ok=True)
+    expected.write_bytes(BODY)  # by hand
+    assert fetch(cfg) == expected
+    expected.write_bytes(BODY + b"x")
+    with pytest.raises(DownloadError, match="forbids the network"):
+        fetch(cfg)
+    assert not server.requests
+    monkeypatch.setenv(variable, "0")
+    assert fetch(cfg).read_bytes() == BODY
+
+
+def test_a_read_only_cache_serves_files_put_there_by_hand(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = PretrainedCfg(url="http://127.0.0.1:9/w.pth")
+    cache.mkdir()
+    cached_path(str(cfg.url), cache).write_bytes(BODY)
+
+    def refuse(*args: Any) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert fetch(cfg).read_bytes() == BODY
+
+
+def test_many_at_once_download_once(server: Server) -> None:
+    cfg = PretrainedCfg(url=server.url("good.pth"))
+    results: list[bytes] = []
+    threads = [threading.Thread(target=lambda: results.append(fetch(cfg).read_bytes())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [BODY] * 8
+    assert len(server.requests) == 1
+
+
+def test_urls_of_the_same_file_name_do_not_meet(server: Server) -> None:
+    first = fetch(PretrainedCfg(url=server.url("a/model.bin")))
+    server.body = b"other"
+    assert fetch(PretrainedCfg(url=server.url("b/model.bin"))).read_bytes() == b"other"
+    assert first.read_bytes() == BODY
+
+
+@pytest.mark.parametrize("path", ["", "..", "%2e%2e", "a/%2e%2e%2fevil.pth", "evil%00.pth"])
+def test_no_url_leaves_the_cache_directory(tmp_path: Path, path: str) -> None:
+    target = cached_path(f"http://host/{path}", tmp_path)
+    assert target.parent == tmp_path and target.name not in ("", ".", "..")
+
+
+def test_cache_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DownloadError, match="DYHEAD_ZOO_CACHE"):
+        fetch(PretrainedCfg(url=server.url("good.pth")), tmp_path / "file" / "cache")
+
+
+def test_cache_directory_follows_argument_then_variables(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = PretrainedCfg(url=server.url("good.pth"))
+    assert fetch(cfg, tmp_path / "argument").parent == tmp_path / "argument"
+    monkeypatch.delenv("DYHEAD_ZOO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert fetch(cfg).parent == tmp_path / "xdg" / "dyhead_zoo"
+
+
+def test_local_and_bundled_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(BODY)
+    monkeypatch.setattr(download, "_BUNDLED", tmp_path)
+    assert fetch(PretrainedCfg(file=str(path))) == path
+    assert fetch(PretrainedCfg(file="w.safetensors", sha256=digest)) == path
+    path.write_bytes(BODY + b"x")
+    with pytest.raises(HashMismatch, match=rf"w\.safetensors.*expected {digest}"):
+        fetch(PretrainedCfg(file="w.safetensors", sha256=digest))
+    with pytest.raises(FileNotFoundError, match="none"):
+        fetch(PretrainedCfg(file="none.safetensors"))
+    with pytest.raises(ValueError, match="expected the name of a bundled file"):
+        fetch(PretrainedCfg(file="../w.safetensors"))
+    with pytest.raises(ValueError, match="pretrained=False"):
+        fetch(PretrainedCfg())
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, result: Path | Exception) -> list[tuple[Any, ...]]:
+    calls = []
+
+    def hf_hub_download(repo: str, file: str, *, revision: str | None, local_files_only: bool) -> str:
+        calls.append((repo, file, revision, local_files_only))
+        if isinstance(result, Exception):
+            raise result
+        return str(result)
+
+    monkeypatch.setattr(download, "hf_hub_download", hf_hub_download)
+    return calls
+
+
+def test_the_hub_comes_first_where_the_hash_is_known(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(BODY)
+    calls = hub(monkeypatch, path)
+    cfg = PretrainedCfg(hf_hub_id="org/name", hf_hub_revision="v1", url=server.url("good.pth"))
+    assert fetch(cfg).parent != tmp_path and not calls  # unverifiable, and there is a URL
+    assert fetch(cfg.replace(sha256=digest)) == path
+    assert fetch(cfg.replace(url=None)) == path
+    assert calls == [("org/name", "model.safetensors", "v1", False)] * 2
+    monkeypatch.setenv("DYHEAD_ZOO_OFFLINE", "1")
+    fetch(cfg.replace(sha256=digest))
+    assert calls[-1][-1] is True
+
+
+def test_the_url_follows_when_the_hub_fails(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str
+) -> None:
+    cfg = PretrainedCfg(hf_hub_id="org/name", url=server.url("good.pth"), sha256=digest)
+    hub(monkeypatch, LocalEntryNotFoundError("no connection"))
+    assert fetch(cfg).read_bytes() == BODY
+    with pytest.raises(DownloadError, match="org/name on the Hub: .*no connection"):
+        fetch(cfg.replace(url=None))
+    tampered = tmp_path / "model.safetensors"
+    tampered.write_bytes(b"x")
+    hub(monkeypatch, tampered)
+    with pytest.raises(DownloadError, match="org/name on the Hub: .*delete it to fetch it again"):
+        fetch(cfg.replace(url=None))
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def detector() -> Detector:
+    return create_detector("test_atss_dyhead1")
+
+
+def changed(detector: Detector) -> dict[str, Tensor]:
+    """A checkpoint that differs from the detector everywhere."""
+    return {key: value + 1 for key, value in detector.state_dict().items()}
+
+
+def snapshot(detector: Detector) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in detector.state_dict().items()}
+
+
+def test_native_file_loads_whole(detector: Detector, tmp_path: Path) -> None:
+    checkpoint = changed(detector)
+    write_safetensors(tmp_path / "w.safetensors", checkpoint)
+    report = load_checkpoint(detector, tmp_path / "w.safetensors")
+    assert_same(detector.state_dict(), checkpoint)
+    assert report.source == "native" and set(report.loaded) == set(checkpoint)
+    assert report.copied_classes == COCO_80.names and not report.fresh_classes
+    assert report.summary() == f"{len(checkpoint)} tensors loaded from a native checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("head.scales"), r"1 keys missing from the checkpoint:\n  head\.scales \(5,\)"),
+        (lambda c: c.update({"head.x": torch.zeros(3)}), r"1 keys unknown to the detector:\n  head\.x \(3,\)"),
+        (
+            lambda c: c.update({"head.scales": torch.ones(4)}),
+            r"1 keys of another shape:\n  head\.scales \(4,\), the detector has \(5,\)",
+        ),
+        (
+            lambda c: c.update({"head.cls_logits.weight": c["head.cls_logits.weight"].repeat(1, 1, 3, 3)}),
+            r"of another shape:\n  head\.cls_logits\.weight",
+        ),
+    ],
+)
+def test_every_key_must_fit_and_nothing_changes_if_not(
+    detector: Detector, change: Callable[[dict[str, Tensor]], Any], message: str
+) -> None:
+    checkpoint, before = changed(detector), snapshot(detector)
+    change(checkpoint)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(detector, checkpoint)
+    assert_same(snapshot(detector), before)
+
+
+def test_another_architecture_is_named(detector: Detector) -> None:
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in create_detector("atss_resnet50_dyhead6").state_dict().items()}
+    other = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(detector, other)
+    message = str(caught.value)
+    assert "3-4-6-3 backbone blocks, 6 DyHead blocks, 0 tower convolutions" in message
+    assert "1 DyHead blocks" in message
+    assert "... and " in message and message.count("\n") < 80
+
+
+def test_not_strict_reports_what_is_missing_and_unused(detector: Detector) -> None:
+    checkpoint, before = changed(detector), snapshot(detector)
+    checkpoint["head.x"] = checkpoint.pop("head.scales")
+    report = load_checkpoint(detector, checkpoint, strict=False)
+    assert (report.missing, report.unused) == (("head.scales",), ("head.x",))
+    assert torch.equal(detector.state_dict()["head.scales"], before["head.scales"])
+    assert torch.equal(detector.state_dict()["head.box_deltas.bias"], checkpoint["head.box_deltas.bias"])
+    assert "1 missing" in report.summary() and "1 unused" in report.summary()
+    checkpoint["head.centerness.bias"] = torch.zeros(2)
+    with pytest.raises(CheckpointError, match="of another shape"):
+        load_checkpoint(detector, checkpoint, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("keys", "source"),
+    [
+        (["backbone.body.conv1.weight", "neck.fpn.output.0.weight"], "native"),
+        (["backbone.conv1.weight", "neck.lateral_convs.0.conv.weight", "bbox_head.atss_cls.weight"], "mmdet"),
+        (["backbone.backbone.bottom_up.stem.conv1.weight", "head.cls_logits.weight"], "detectron2"),
+    ],
+)
+def test_layouts_are_told_from_keys(keys: list[str], source: str) -> None:
+    assert detect_source(keys) == source
+
+
+@pytest.mark.parametrize("keys", [["conv1.weight", "fc.weight"], ["backbone.body.conv1.weight", "backbone.fpn.x"]])
+def test_unknown_layouts_show_what_was_seen(keys: list[str]) -> None:
+    with pytest.raises(CheckpointError, match=rf"layout not recognised[\s\S]*{keys[0]}"):
+        detect_source(keys)
+
+
+def test_errors_name_the_file_and_unknown_sources(detector: Detector, tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
+    with pytest.raises(CheckpointError, match=r"resnet\.pth: layout not recognised"):
+        load_checkpoint(detector, tmp_path / "resnet.pth")
+    with pytest.raises(ValueError, match=r"source='torchvision': expected auto, native"):
+        load_checkpoint(detector, changed(detector), "torchvision")
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+PETS = LabelSpace.from_names(["dog", "unicorn", "cat"])
+
+
+@pytest.mark.parametrize("where", ["file", "argument", "mmdet meta", "dataset_meta", "own labels"])
+def test_rows_follow_class_names(tmp_path: Path, where: str) -> None:
+    source = create_detector("test_atss_dyhead1")
+    checkpoint = changed(source)
+    detector = create_detector("test_atss_dyhead1", class_names=PETS)
+    before = snapshot(detector)
+    path, label_space = tmp_path / "w.safetensors", None
+    if where == "file":
+        write_safetensors(path, checkpoint, {"label_space": json.dumps(COCO_80.to_dict())})
+    elif where == "argument":
+        label_space = COCO_80
+        write_safetensors(path, checkpoint)
+    else:
+        path = tmp_path / "w.pth"
+        meta = {
+            "mmdet meta": {"CLASSES": COCO_80.names},
+            "dataset_meta": {"dataset_meta": {"classes": COCO_80.names, "palette": [(0, 0, 0)]}},
+            "own labels": {},
+        }[where]
+        torch.save({"state_dict": checkpoint, "meta": meta}, path)
+    if where == "own labels":
+        with pytest.raises(CheckpointError, match="80 classes without names and the detector has 3"):
+            load_checkpoint(detector, path)
+        return
+    report = load_checkpoint(detector, path, label_space=label_space)
+    assert report.copied_classes == ("dog", "cat") and report.fresh_classes == ("unicorn",)
+    assert "classes that start fresh: unicorn" in report.summary()
+    for key in ("head.cls_logits.weight", "head.cls_logits.bias"):
+        after = detector.state_dict()[key]
+        assert torch.equal(after[0], checkpoint[key][COCO_80.names.index("dog")])
+        assert torch.equal(after[1], before[key][1])
+        assert torch.equal(after[2], checkpoint[key][COCO_80.names.index("cat")])
+    assert torch.equal(detector.state_dict()["head.scales"], checkpoint["head.scales"])
+
+
+def test_the_same_names_in_another_order_are_permuted() -> None:
+    backwards = LabelSpace.from_names(COCO_80.names[::-1])
+    checkpoint = changed(create_detector("test_atss_dyhead1"))
+    checkpoint["head.cls_logits.bias"] = torch.arange(80.0)
+    detector = create_detector("test_atss_dyhead1", class_names=backwards)
+    report = load_checkpoint(detector, checkpoint, label_space=COCO_80)
+    assert not report.fresh_classes
+    assert detector.state_dict()["head.cls_logits.bias"].tolist() == list(range(79, -1, -1))
+
+
+@pytest.mark.parametrize("names", [["left", "right"], ["class_0", "class_1"]])
+def test_without_shared_names_every_row_is_fresh(names: list[str]) -> None:
+    """Placeholder names are places: class_0 of five and class_0 of two need not be the same thing."""
+    unnamed = create_detector("test_atss_dyhead1", num_classes=5)
+    detector = create_detector("test_atss_dyhead1", class_names=names)
+    before = snapshot(detector)
+    report = load_checkpoint(detector, changed(unnamed), label_space=unnamed.label_space)
+    assert report.copied_classes == () and report.fresh_classes == tuple(names)
+    assert "none, no class name is shared" in report.summary()
+    assert torch.equal(detector.state_dict()["head.cls_logits.weight"], before["head.cls_logits.weight"])
+
+
+def test_unnamed_classes_reload_into_the_same_space() -> None:
+    detector = create_detector("test_atss_dyhead1", num_classes=5)
+    checkpoint = changed(detector)
+    assert not load_checkpoint(detector, checkpoint).fresh_classes
+    assert_same(detector.state_dict(), checkpoint)
+
+
+def test_a_label_space_of_another_length_is_an_error(detector: Detector) -> None:
+    with pytest.raises(CheckpointError, match="rows for 80 classes, but its label space names 3"):
+        load_checkpoint(detector, changed(detector), label_space=PETS)
+
+
+def test_weight_and_bias_must_agree_on_the_number_of_classes(detector: Detector) -> None:
+    checkpoint = changed(detector)
+    checkpoint["head.cls_logits.bias"] = torch.zeros(7)
+    with pytest.raises(CheckpointError, match=r"cannot be told[\s\S]*weight.*: 80 classes\n.*bias \(7,\): 7 classes"):
+        load_checkpoint(detector, checkpoint)
+
+
+@pytest.mark.parametrize("record", ["{", '{"names": ["a"]}', '["a"]', '{"names": ["a", "a"], "category_ids": [1, 2]}'])
+def test_a_broken_record_of_classes_is_an_error(detector: Detector, tmp_path: Path, record: str) -> None:
+    write_safetensors(tmp_path / "w.safetensors", changed(detector), {"label_space": record})
+    with pytest.raises(CheckpointError, match=r"w\.safetensors: its record of class names cannot be read"):
+        load_checkpoint(detector, tmp_path / "w.safetensors")
+
+
+class AnchorHead(nn.Module):
+    """Three anchors; two rows a class, then one of background."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.logits = nn.Linear(4, 3 * (2 * num_classes + 1))
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        return {"logits.weight": ClassRows(3, 2, 1), "logits.bias": ClassRows(3, 2, 1)}
+
+
+class AnchorDetector(nn.Module):
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.label_space = LabelSpace.from_names(names)
+        self.head = AnchorHead(len(names))
+
+
+def test_anchors_rows_per_class_and_background_move_together() -> None:
+    source: Any = AnchorDetector("a", "b", "c")
+    target: Any = AnchorDetector("c", "new", "a")
+    before = target.head.logits.bias.detach().clone().reshape(3, 7)
+    load_checkpoint(target, source.state_dict(), "native", label_space=source.label_space)
+    theirs, ours = source.head.logits.bias.reshape(3, 7), target.head.logits.bias.reshape(3, 7)
+    assert torch.equal(ours[:, 0:2], theirs[:, 4:6])  # c
+    assert torch.equal(ours[:, 2:4], before[:, 2:4])  # new
+    assert torch.equal(ours[:, 4:6], theirs[:, 0:2])  # a
+    assert torch.equal(ours[:, 6], theirs[:, 6])  # background
+
+
+def test_rows_that_no_number_of_classes_explains() -> None:
+    target: Any = AnchorDetector("a", "b")
+    wrong = {"head.logits.weight": torch.zeros(16, 4), "head.logits.bias": torch.zeros(16)}
+    with pytest.raises(CheckpointError, match=r"weight \(16, 4\): no whole number of classes"):
+        load_checkpoint(target, wrong, "native")
+
+
+@given(
+    groups=st.integers(1, 4),
+    per_class=st.integers(1, 3),
+    extra=st.integers(0, 2),
+    num_classes=st.integers(1, 6),
+    data=st.data(),
+)
+def test_class_rows_are_those_of_the_reshaped_parameter(
+    groups: int, per_class: int, extra: int, num_classes: int, data: st.DataObject
+) -> None:
+    layout = ClassRows(groups, per_class, extra)
+    rows = groups * (num_classes * per_class + extra)
+    assert layout.num_classes(rows) == num_classes
+    classes = data.draw(st.permutations(range(num_classes)))[: data.draw(st.integers(1, num_classes))]
+    table = torch.arange(rows).reshape(groups, -1)
+    body = table[:, : num_classes * per_class].reshape(groups, num_classes, per_class)[:, classes].flatten(1)
+    expected = torch.cat([body, table[:, num_classes * per_class :]], 1).flatten()
+    assert torch.equal(layout.indices(classes, num_classes), expected)
+
+
+def test_file_header_is_readable_by_others(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "w.safetensors", TENSORS)
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}

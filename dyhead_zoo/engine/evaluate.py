@@ -28,7 +28,9 @@ from torch import distributed
 from dyhead_zoo.data.label_space import LabelSpace
 
 if TYPE_CHECKING:
-    from dyhead_zoo.data.coco import CocoDataset
+    from torch import Tensor
+
+    from dyhead_zoo.data.coco import CocoDataset, ImageRecord
     from dyhead_zoo.detector import Detector
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -255,18 +257,24 @@ def resolve_backend(backend: Backend) -> Literal["pycocotools", "hotcoco"]:
 
 
 class _First:
-    """The first images of a data set, which it is otherwise."""
+    """The first images of a data set, as far as the evaluation needs them."""
 
     def __init__(self, dataset: CocoDataset, count: int) -> None:
         if count < 1:
             raise ValueError(f"max_images={count}: evaluate at least one image")
-        self._dataset, self.image_ids = dataset, dataset.image_ids[:count]
+        self._dataset, self.label_space, self.image_ids = dataset, dataset.label_space, dataset.image_ids[:count]
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._dataset, name)
+    def size(self, index: int) -> tuple[int, int]:
+        return self._dataset.size(index)
+
+    def record(self, index: int) -> ImageRecord:
+        return self._dataset.record(index)
+
+    def image(self, index: int) -> Tensor:
+        return self._dataset.image(index)
 
 
 def _run_cocoeval(ground_truth: dict[str, Any], records: list[Record], image_ids: list[int], backend: Backend) -> Any:

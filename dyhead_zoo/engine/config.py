@@ -46,6 +46,9 @@ class TrainConfig:
     size: int = setting(320, "small recipe: side of the square crop, pixels")
     scale_min: float = setting(0.5, "small recipe: smallest random scale")
     scale_max: float = setting(1.6, "small recipe: largest random scale")
+    test_size: int | None = setting(
+        None, "small recipe: longer side of pictures at inference, pixels; by default as the detector says"
+    )
     mosaic: float = setting(0.5, "small recipe: probability of putting four images into one")
     close_mosaic_epochs: int = setting(1, "small recipe: last epochs without mosaic")
     color: float = setting(0.5, "small recipe: probability of colour distortion")
@@ -73,6 +76,7 @@ class TrainConfig:
             ("recipe", ("small", "standard")),
         ):
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        self._check("test_size", self.test_size is None or self.test_size >= 1, "at least 1")
         self._check("lr", self.lr > 0, "positive")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         self._check(

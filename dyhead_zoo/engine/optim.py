@@ -64,8 +64,9 @@ def _exempt_names(detector: nn.Module) -> set[str]:
 def lr_factor(step: int, *, steps_per_epoch: int, epochs: int, schedule: str, warmup_steps: int) -> float:
     """Learning rate of optimiser step ``step`` (from 0) as a fraction of the peak: a pure function, for exact resuming.
 
-    A linear warm-up (of at most a quarter of the run) multiplies either half a cosine that ends at zero after ``epochs`` ("cosine"), or the staircase of
-    Detectron's 1x schedule: a tenth after 2/3 of the epochs, a hundredth after 11/12 ("step"; epochs 8 and 11 of 12).
+    A linear warm-up of at most a quarter of the run multiplies either half a cosine that ends at zero after ``epochs``
+    ("cosine"), or the staircase of Detectron's 1x schedule: a tenth after 2/3 of the epochs and a hundredth after 11/12
+    ("step"; epochs 8 and 11 of 12).
     """
     total = steps_per_epoch * epochs
     warmup = min(1.0, (step + 1) / max(1, min(warmup_steps, total // 4)))

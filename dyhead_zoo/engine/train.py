@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 _MAY_CHANGE = {
     *("epochs", "device", "num_workers", "cache_images", "eval_every", "eval_batch_size", "log_every"),
-    *("checkpoint_every_steps", "tensorboard", "progress"),
+    *("checkpoint_every_steps", "tensorboard", "progress", "test_size"),
 }
 """Settings that a resumed run may change: they leave the weights alone, except ``epochs``, which ``train`` explains."""
 
@@ -135,12 +135,28 @@ def train(
         validation = None
     else:
         raise ValueError("give both val_images and val_annotations, or neither")
+    _set_protocol(detector, config)
     with joined_processes(config.device) as processes:
         dataset = CocoDataset(images, annotations, label_space=detector.label_space, cache=config.cache_images)
         run = _Run(Learner(detector, config, processes), dataset, validation, Path(output))
         run.open(resume)
         with StopRequest() as stop:
             return run.fit(stop)
+
+
+def _set_protocol(detector: Detector, config: TrainConfig) -> None:
+    """Make pictures at inference as large as ``test_size`` says; warn if they would be much larger than in training."""
+    if config.recipe != "small":
+        return
+    if config.test_size is not None:
+        size = config.test_size
+        detector.pretrained_cfg = detector.pretrained_cfg.replace(short_side=size, long_side=size)
+    elif detector.pretrained_cfg.short_side >= 2 * config.size:
+        _logger.warning(
+            "size=%d in training, but at inference the detector makes the shorter side of a picture %d: "
+            "pass test_size=%d, or recipe='standard'",
+            *(config.size, detector.pretrained_cfg.short_side, config.size),
+        )
 
 
 class _Run:

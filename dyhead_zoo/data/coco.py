@@ -438,16 +438,16 @@ class _Reader:
         if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(v) in (int, float) for v in bbox):
             raise self._error(where, f"bbox={bbox!r:.80} must be a list of four numbers: x, y, width, height")
         where = f"{where}, image id {image.image_id}, bbox={bbox!r:.120}"
-        x, y, width, height = (float(v) if abs(v) < 1e15 else math.inf for v in bbox)
+        x, y, width, height = map(_to_float, bbox)
         if not all(map(math.isfinite, (x, y, width, height))):
             self._repair("box dropped: not finite", where)
             return None
         if width <= 0 or height <= 0:
             self._repair("box dropped: width or height is not positive", where)
             return None
-        box = _to_float32((x, y, x + width, y + height))
+        box = (x, y, x + width, y + height)
         limits = (image.width, image.height) * 2
-        clipped = tuple(min(max(v, 0.0), float(limit)) for v, limit in zip(box, limits, strict=True))
+        clipped = _to_float32([min(max(v, 0.0), limit) for v, limit in zip(box, limits, strict=True)])
         if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
             self._repair("box dropped: outside the image, or too small for float32", where)
             return None
@@ -465,6 +465,13 @@ def _encodable(name: str) -> bool:
     return True
 
 
-def _to_float32(box: tuple[float, float, float, float]) -> tuple[float, ...]:
+def _to_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # JSON integers have no limit
+        return math.inf
+
+
+def _to_float32(box: Sequence[float]) -> tuple[float, ...]:
     """Rounded as it will be stored, so that what is checked is what is kept."""
     return struct.unpack("4f", struct.pack("4f", *box))

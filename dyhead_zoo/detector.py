@@ -50,6 +50,9 @@ class Detector(nn.Module):
         pretrained_cfg: input protocol, label space and provenance.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -78,7 +81,7 @@ class Detector(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return cast(Tensor, self.mean).device
+        return self.mean.device
 
     def config(self) -> dict[str, Any]:
         """JSON-able record that, with the state dict, gives the same detector again."""
@@ -98,7 +101,7 @@ class Detector(nn.Module):
         """Images (B, C, H, W) in 0..255 -> normalised float images, zero outside each picture."""
         if self.pretrained_cfg.channel_order == "bgr" and self.in_chans == 3:
             images = images.flip(1)
-        x = (images.to(cast(Tensor, self.mean).dtype) - self.mean) / self.std
+        x = (images.to(self.mean.dtype) - self.mean) / self.std
         if image_sizes is not None:
             inside_y = torch.arange(x.shape[2], device=x.device)[None] < image_sizes[:, :1]
             inside_x = torch.arange(x.shape[3], device=x.device)[None] < image_sizes[:, 1:]

@@ -52,8 +52,8 @@ def create_detector(
             copied, the others are fresh.
         backbone: another timm backbone, or a timm tag of the same one.
         in_chans: channels of the images.
-        pretrained_backbone: ImageNet weights for the backbone: ``True`` downloads timm's; a file or state dict in timm's
-            layout works offline. Not used when detector weights are loaded.
+        pretrained_backbone: ImageNet weights for the backbone: ``True`` downloads timm's; a file or state dict in
+            timm's layout works offline. Not used when detector weights are loaded.
         checkpoint: detector weights of your own, see ``load_checkpoint``.
         cache_dir: where downloads are kept; default ``$DYHEAD_ZOO_CACHE`` or ``~/.cache/dyhead_zoo``.
         **kwargs: arguments of the backbone, neck or head, such as ``coarse_offsets='aligned'`` or ``frozen_stages=1``.
@@ -118,8 +118,8 @@ def build_detector(
 ) -> Detector:
     """Compose backbone, neck and head, and load weights. Families call this with their head and defaults.
 
-    Arguments are flat; precedence: ``defaults`` < the cfg's ``arch`` < ``user``. Each goes to the part whose constructor
-    names it.
+    Arguments are flat; precedence: ``defaults`` < the cfg's ``arch`` < ``user``. Each goes to the part whose
+    constructor names it.
     """
     user = dict(user)
     cfg: PretrainedCfg | None = user.pop("pretrained_cfg", None)

@@ -1,4 +1,4 @@
-"""One flat record per set of weights: where they come from, what their labels and inputs mean, what is claimed of them."""
+"""One flat record per set of weights: where they come from, what labels and inputs mean, what is claimed of them."""
 
 from __future__ import annotations
 
@@ -103,4 +103,5 @@ class PretrainedCfg:
             raise ValueError(
                 f"unknown pretrained-cfg keys {unknown}: written by a newer dyhead_zoo? Known: {sorted(known)}"
             )
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return cls(**fields)

@@ -53,7 +53,7 @@ class DetectionTensors(NamedTuple):
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count, which nobody needs
 
 
 @dataclass

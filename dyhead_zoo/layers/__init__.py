@@ -1,0 +1,1 @@
+"""Parts that several families share. Modules are imported by their own names; nothing is re-exported."""

@@ -14,9 +14,9 @@ MAX_LOG_SCALE = abs(math.log(16 / 1000))
 
 
 def grid_points(size: tuple[int, int], stride: int, offset: float, like: Tensor) -> Tensor:
-    """Points ``((x + offset) * stride, (y + offset) * stride)`` of a map of (height, width) ``size``: (H * W, 2), x first.
+    """Points ``((x + offset) * stride, (y + offset) * stride)`` of a map of (height, width) ``size``: (H * W, 2).
 
-    Rows run over y, then x; dtype float32 on the device of ``like``.
+    x comes first within a point; rows run over y, then x; dtype float32 on the device of ``like``.
     """
     y = (torch.arange(size[0], device=like.device, dtype=torch.float32) + offset) * stride
     x = (torch.arange(size[1], device=like.device, dtype=torch.float32) + offset) * stride

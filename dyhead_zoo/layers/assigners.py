@@ -13,8 +13,8 @@ from torchvision.ops import box_iou
 def atss_assign(anchors: Tensor, per_level: Sequence[int], boxes: Tensor, top_k: int = 9) -> Tensor:
     """Adaptive Training Sample Selection (Zhang et al., arXiv:1912.02424, Algorithm 1).
 
-    On each level the ``top_k`` anchors whose centres are nearest to the object's centre are candidates. Those whose IoU is
-    at least mean + standard deviation (unbiased) of the candidates' IoUs, and whose centre lies inside the object by
+    On each level the ``top_k`` anchors whose centres are nearest to the object's centre are candidates. Those whose IoU
+    is at least mean + standard deviation (unbiased) of the candidates' IoUs, and whose centre lies inside the object by
     more than 0.01 px, are positive. An anchor claimed by several objects goes to the one of highest IoU.
 
     Args:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -37,8 +37,8 @@ _MIN_INPUT = 32  # pixels; smaller canvases have no cell left at the coarse leve
 class _DetectionSwinBlock(SwinTransformerBlock):
     """Swin block as detectors use it: the map is padded to whole windows before it is rolled, not after.
 
-    The two orders differ wherever a map is not a multiple of the window. Detection Swins (and their published weights) pad
-    first; timm rolls first. Padding here leaves timm nothing to pad.
+    The two orders differ wherever a map is not a multiple of the window. Detection Swins (and their published weights)
+    pad first; timm rolls first. Padding here leaves timm nothing to pad.
     """
 
     def _attn(self, x: Tensor) -> Tensor:
@@ -157,12 +157,16 @@ class Backbone(nn.Module):
         if drop_path:
             kwargs["drop_path_rate"] = drop_path
         with torch.device("meta"):
-            info = timm.create_model(self.name, out_indices=None, **kwargs).feature_info.info
+            probe: Any = timm.create_model(self.name, out_indices=None, **kwargs)
+        info: list[dict[str, Any]] = probe.feature_info.info
         reductions = [int(level["reduction"]) for level in info]
         self._sources = [_nearest_level(reductions, stride) for stride in self.strides]
         self._taps = sorted(set(self._sources))
-        getter = timm.create_model(self.name, pretrained=pretrained is True, out_indices=tuple(self._taps), **kwargs)
-        self.body: nn.Module = getter.model
+        getter: Any = timm.create_model(
+            self.name, pretrained=pretrained is True, out_indices=tuple(self._taps), **kwargs
+        )
+        body: Any = getter.model
+        self.body = body
         self._take: list[int] = list(getter.out_indices)
         self.channels = tuple(int(info[source]["num_chs"]) for source in self._sources)
         self.body_divisor = max(reductions)
@@ -174,28 +178,28 @@ class Backbone(nn.Module):
             }
         )
         if out_norm is None:
-            out_norm = _is_layer_normed(self.body)
+            out_norm = _is_layer_normed(body)
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if out_norm else None
-        if isinstance(self.body, SwinTransformer):
-            for block in (b for b in self.body.modules() if type(b) is SwinTransformerBlock):
+        if isinstance(body, SwinTransformer):
+            for block in (b for b in body.modules() if type(b) is SwinTransformerBlock):
                 block.__class__ = _DetectionSwinBlock
         if caffe:
-            _stride_in_first_conv(self.body, self.name)
+            _stride_in_first_conv(body, self.name)
         if not isinstance(pretrained, bool):
-            _load_body(self.body, pretrained, in_chans, self.name)
+            _load_body(body, pretrained, in_chans, self.name)
         self.norm_eval = norm_eval or freeze_norm
         self._frozen_norms: list[nn.Module] = []
-        self._freeze(frozen_stages, freeze_norm)
+        self._freeze(body, frozen_stages, freeze_norm)
 
-    def _freeze(self, frozen_stages: int, freeze_norm: bool) -> None:
+    def _freeze(self, body: Any, frozen_stages: int, freeze_norm: bool) -> None:
         if frozen_stages >= 0:
-            groups = group_parameters(self.body, self.body.group_matcher(coarse=True), reverse=True)
+            groups = group_parameters(body, body.group_matcher(coarse=True), reverse=True)
             if frozen_stages > max(groups.values()):
                 raise ValueError(f"frozen_stages={frozen_stages}, but {self.name} has stages 0..{max(groups.values())}")
-            for key, parameter in self.body.named_parameters():
+            for key, parameter in body.named_parameters():
                 if groups[key] <= frozen_stages:
                     parameter.requires_grad_(False)
-        norms = [m for m in self.body.modules() if isinstance(m, _BATCH_NORMS)]
+        norms = [m for m in body.modules() if isinstance(m, _BATCH_NORMS)]
         if freeze_norm:
             for norm in norms:
                 norm.requires_grad_(False)
@@ -210,7 +214,7 @@ class Backbone(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the body's stages in the backward pass instead of keeping their activations."""
-        self.body.set_grad_checkpointing(enable)
+        cast(Any, self.body).set_grad_checkpointing(enable)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, in_chans, H, W), normalised -> one map per stride, fine to coarse.
@@ -224,7 +228,7 @@ class Backbone(nn.Module):
         if self.image_size is not None and (height, width) != tuple(self.image_size):
             images = self._to_fixed_size(images)
         with torch.autocast(images.device.type, enabled=False) if self.full_precision else nullcontext():
-            taps = self.body.forward_intermediates(
+            taps = cast(Any, self.body).forward_intermediates(
                 images, indices=self._take, stop_early=True, output_fmt="NCHW", intermediates_only=True
             )
         by_level = dict(zip(self._taps, taps, strict=True))

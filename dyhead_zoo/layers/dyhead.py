@@ -38,8 +38,8 @@ class ScaleAttention(nn.Module):
     """How much a branch counts, pi_L: one number in [0.5, 1] per image.
 
     Paper (Eq. 3): ``sigma(f(1/(S C) sum_{S,C} F))`` with ``f`` a 1x1 convolution over the L levels and
-    ``sigma(x) = max(0, min(1, (x + 1) / 2))``. Released code, followed here: ``f`` maps the C pooled channels of one branch
-    to one number, then ReLU, then ``max(0, min(1, (x + 3) / 6))``; the ReLU is why the result is at least 0.5.
+    ``sigma(x) = max(0, min(1, (x + 1) / 2))``. Released code, followed here: ``f`` maps the C pooled channels of one
+    branch to one number, then ReLU, then ``max(0, min(1, (x + 3) / 6))``; the ReLU is why the result is at least 0.5.
 
     Shapes: (B, C, H, W) -> (B, 1, 1, 1).
     """
@@ -48,19 +48,19 @@ class ScaleAttention(nn.Module):
         super().__init__()
         self.fc = nn.Conv2d(channels, 1, 1)
         nn.init.normal_(self.fc.weight, std=0.01)
-        nn.init.zeros_(self.fc.bias)
+        nn.init.zeros_(self.fc.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hardsigmoid(F.relu(self.fc(x.mean((2, 3), keepdim=True))))
 
 
 class TaskAttention(nn.Module):
-    """Which channels a task uses, pi_C: a dynamic ReLU (DY-ReLU-B, Chen et al., arXiv:2003.10027) per image and channel.
+    """Which channels a task uses, pi_C: a dynamic ReLU (DY-ReLU-B, arXiv:2003.10027) per image and channel.
 
     Paper (Eq. 5): ``max(a1 F_c + b1, a2 F_c + b2)`` with ``[a1, a2, b1, b2] = theta(F)``, theta = average pooling over
-    L x S, two fully connected layers, normalisation and a sigmoid shifted to [-1, 1]. Released code, followed here: pooling
-    over the S of one level; hard sigmoid ``(x + 3) / 6``; a1 in [0, 2], a2 in [-1, 1], b1 and b2 in [-0.5, 0.5].
-    At ``theta = 1/2`` this is a ReLU (a1 = 1, the rest 0).
+    L x S, two fully connected layers, normalisation and a sigmoid shifted to [-1, 1]. Released code, followed here:
+    pooling over the S of one level; hard sigmoid ``(x + 3) / 6``; a1 in [0, 2], a2 in [-1, 1], b1 and b2 in
+    [-0.5, 0.5]. At ``theta = 1/2`` this is a ReLU (a1 = 1, the rest 0).
 
     Shapes: (B, C, H, W) -> (B, C, H, W); ``coefficients``: (B, C) -> 4 x (B, C), in the order a1, b1, a2, b2.
     """
@@ -116,9 +116,9 @@ class SpatialAttention(nn.Module):
     ``coarse_offsets`` says what happens:
 
     * ``'reinterpret'``: what the released kernels do and the published weights depend on. They address the buffer with
-      the strides of the smaller map: the first ``18 h w`` numbers of each image's offsets are read as an (18, h, w) map
-      (masks likewise), so that channels and positions are mixed (microsoft/DynamicHead issue 25).
-    * ``'aligned'``: offsets and masks are average-pooled to (h, w); one unit stays one pixel of the map that is sampled.
+      the strides of the smaller map: the first ``18 h w`` numbers of each image's offsets are read as an (18, h, w)
+      map (masks likewise), so that channels and positions are mixed (microsoft/DynamicHead issue 25).
+    * ``'aligned'``: offsets and masks are average-pooled to (h, w); one unit stays one pixel of the map sampled.
 
     Shapes: L x (B, C, H_l, W_l) -> for each level its 1 to 3 branches, each (B, C_out, H_l, W_l).
     """
@@ -139,7 +139,7 @@ class SpatialAttention(nn.Module):
         self.offset = nn.Conv2d(in_channels, 27, 3, padding=1) if deformable else None
         if self.offset is not None and zero_init_offset:
             nn.init.zeros_(self.offset.weight)
-            nn.init.zeros_(self.offset.bias)
+            nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
         for branch, stride in (("high", 1), ("mid", 1), ("low", 2)):
             conv: nn.Module = (
                 DeformConv3x3(in_channels, out_channels, stride)
@@ -172,7 +172,7 @@ class SpatialAttention(nn.Module):
                 branches.append(self._branch("low", features[level - 1], field))
             if level + 1 < len(features):
                 coarse = features[level + 1]
-                size = coarse.shape[-2:]
+                size = (coarse.shape[-2], coarse.shape[-1])
                 coarse_field = field and (self._coarse(field[0], size), self._coarse(field[1], size))
                 high = self._branch("high", coarse, coarse_field)
                 branches.append(F.interpolate(high, size=x.shape[-2:], mode="bilinear", align_corners=True))
@@ -183,8 +183,8 @@ class SpatialAttention(nn.Module):
 class DyHeadBlock(nn.Module):
     """One block in the released formulation; see the module docstring for the order and the shapes.
 
-    ``scale``, ``spatial`` and ``task`` switch the three attentions (Table 1 of the paper): without ``scale`` the branches
-    are averaged, without ``spatial`` the convolutions are ordinary ones, without ``task`` a ReLU follows.
+    ``scale``, ``spatial`` and ``task`` switch the three attentions (Table 1 of the paper): without ``scale`` the
+    branches are averaged, without ``spatial`` the convolutions are ordinary ones, without ``task`` a ReLU follows.
     """
 
     def __init__(

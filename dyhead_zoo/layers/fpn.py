@@ -24,8 +24,8 @@ class FPN(nn.Module):
         in_channels: channels of the backbone levels, fine to coarse.
         out_channels: channels of every pyramid level.
         num_extra: how many coarser levels to add.
-        extra_from: ``'p5'``: a 3x3 stride-2 convolution of the last pyramid level; ``'c5'``: of the last backbone level;
-            ``'pool'``: every second cell of the last pyramid level (max pooling with kernel 1), without parameters.
+        extra_from: ``'p5'``: a 3x3 stride-2 convolution of the last pyramid level; ``'c5'``: of the last backbone
+            level; ``'pool'``: every second cell of the last pyramid level (max pooling with kernel 1), no parameters.
         extra_relu: ReLU before the second and later extra convolutions.
 
     Shapes: L x (B, C_l, H_l, W_l) -> (L + num_extra) x (B, out_channels, ., .), fine to coarse.

@@ -11,8 +11,8 @@ from torch import Tensor
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Mean of a detached scalar over all processes; the value itself without a process group.
 
-    Losses are divided by the mean count per process: after DDP has averaged the gradients they are what one process with
-    the whole batch would give.
+    Losses are divided by the mean count per process: after DDP has averaged the gradients they are what one process
+    with the whole batch would give.
     """
     if dist.is_available() and dist.is_initialized():
         value = value.detach().clone()

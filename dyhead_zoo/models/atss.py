@@ -133,8 +133,8 @@ class ATSSHead(nn.Module):
     def loss(self, raw: ATSSOutput, targets: list[Target]) -> dict[str, Tensor]:
         """Focal loss on classes, centerness-weighted GIoU (x 2) on boxes, cross entropy on centerness.
 
-        Classification and centerness are divided by the number of positives (at least one per picture), the box term by the
-        sum of the centerness targets, both as means over the processes.
+        Classification and centerness are divided by the number of positives (at least one per picture), the box term by
+        the sum of the centerness targets, both as means over the processes.
         """
         with torch.autocast(raw.image_sizes.device.type, enabled=False):
             anchors, owner, valid = self.targets(raw, targets)

@@ -22,7 +22,7 @@ pass. ``bag`` is plain PyTorch and costs 1.2 to 1.4 in both cases:
 **Private operators.** For float32 the matrix is packed for oneDNN by ``torch.ops.mkldnn._reorder_linear_weight`` and
 applied by ``_linear_pointwise``, the operators of torch.compile's CPU code; plain ``F.linear`` is 8 to 30 % slower.
 They are used only after a tiny trial run gave the right answer; otherwise ``F.linear`` takes their place. The backward
-pass calls ``aten::_embedding_bag_per_sample_weights_backward``, the operator behind the gradient of ``F.embedding_bag``.
+pass calls ``aten::_embedding_bag_per_sample_weights_backward``, which is behind the gradient of ``F.embedding_bag``.
 
 **Non-finite inputs.** A sample that lies wholly outside the map is a border pixel times zero, so an Inf or NaN in that
 pixel gives NaN, where torchvision gives 0. Infinite offsets are outside the map; NaN offsets give NaN.
@@ -44,6 +44,7 @@ Backend = Literal["auto", "bag", "torchvision"]
 Pair = tuple[int, int]
 
 _INT32_LIMIT = 2**31
+_PACKING_PAYS = 10**9  # multiply-adds from which on packing the matrix costs less than it saves
 
 
 class _Geometry(NamedTuple):
@@ -298,7 +299,7 @@ class _SampleAndContract(torch.autograd.Function):
         pixels = len(index) // per_pixel
         chunk = min(_chunk_pixels(), pixels)
         bag_starts = torch.arange(0, chunk * per_pixel, 4, dtype=torch.int32, device=table.device)
-        linear = _linear(matrix, chunk)
+        linear = _linear(matrix, pixels, chunk)
         out = table.new_empty(pixels, len(matrix))
         for start in range(0, pixels, chunk):
             part = slice(start * per_pixel, (start + chunk) * per_pixel)
@@ -331,7 +332,7 @@ def _backward(
     grad_matrix = torch.zeros_like(matrix, dtype=sum_dtype) if need_matrix else None
     bag_starts = torch.arange(0, chunk * per_pixel, 4, dtype=torch.int32, device=table.device)
     bag_of_sample = torch.arange(chunk * per_pixel, dtype=torch.int32, device=table.device) // 4
-    linear = _linear(matrix.t(), chunk)
+    linear = _linear(matrix.t(), pixels, chunk)
     readers = _readers(index, rows, chunk * per_pixel) if need_table else None
     for number, start in enumerate(range(0, pixels, chunk)):
         part = slice(start * per_pixel, (start + chunk) * per_pixel)
@@ -371,7 +372,7 @@ def _readers(index: Tensor, rows: int, chunk_length: int) -> tuple[Tensor, Tenso
     dtype = torch.int32 if chunks * rows < _INT32_LIMIT else torch.int64
     chunk = torch.arange(len(index), dtype=torch.int32, device=index.device) // chunk_length
     key, order = torch.sort(chunk.to(dtype) * rows + index, stable=True)
-    return key, (order % chunk_length).to(torch.int32)
+    return key, order.to(torch.int32) % chunk_length
 
 
 def _scatter(grad_table: Tensor, row: Tensor, corner: Tensor, grad_samples: Tensor, weight: Tensor) -> None:
@@ -397,11 +398,15 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _linear(matrix: Tensor, rows: int) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """A function (values (n, in), bias) -> values @ matrix.T + bias for ``matrix`` (out, in), made for n = ``rows``."""
+def _linear(matrix: Tensor, rows: int, chunk: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A function (values (n, in), bias) -> values @ matrix.T + bias for ``matrix`` (out, in).
+
+    It is going to be called for ``rows`` values in all, n = ``chunk`` at a time.
+    """
     matrix = matrix.contiguous()
-    if matrix.device.type == "cpu" and matrix.dtype == torch.float32 and _packed_linear_works():
-        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, rows)
+    suitable = matrix.device.type == "cpu" and matrix.dtype == torch.float32
+    if suitable and rows * matrix.numel() >= _PACKING_PAYS and _packed_linear_works():
+        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, chunk)
         return lambda values, bias: torch.ops.mkldnn._linear_pointwise(values, packed, bias, "none", [], "")
     return lambda values, bias: F.linear(values, matrix, bias)
 

@@ -85,6 +85,9 @@ def resize(image: Tensor, height: int, width: int, interpolation: str = "bilinea
     if image.shape[1:] == (height, width):
         return image
     mode = InterpolationMode(interpolation)
+    if width == 1:  # torch 2.15's uint8 kernel mixes up channels and rows when the result is one pixel wide
+        result = F.resize_image(image.float(), [height, width], interpolation=mode, antialias=antialias)
+        return result.round_().clamp_(0, 255).to(torch.uint8)
     return F.resize_image(image, [height, width], interpolation=mode, antialias=antialias)
 
 
@@ -304,8 +307,8 @@ class SmallDataTrain:
 
     def __post_init__(self) -> None:
         low, high = self.scale
-        if self.size < 1 or not 0 < low <= high < math.inf:
-            raise ValueError(f"size={self.size}, scale={self.scale}: size must be positive, and 0 < low <= high")
+        if self.size < 2 or not 0 < low <= high < math.inf:
+            raise ValueError(f"size={self.size}, scale={self.scale}: size must be at least 2, and 0 < low <= high")
         _check_probabilities(mosaic=self.mosaic, color=self.color, flip=self.flip)
 
     def plan(self, sizes: Sequence[tuple[int, int]], generator: torch.Generator) -> BatchPlan:

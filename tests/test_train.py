@@ -16,7 +16,7 @@ from torch import nn
 
 from dyhead_zoo import TrainStep, create_detector, load_checkpoint, train
 from dyhead_zoo.data.transforms import StandardTrain
-from dyhead_zoo.engine import checkpoint
+from dyhead_zoo.engine import checkpoint, processes
 from dyhead_zoo.engine import train as train_module
 from dyhead_zoo.engine.config import TrainConfig
 from dyhead_zoo.engine.optim import lr_factor, param_groups
@@ -326,6 +326,18 @@ def test_a_signal_ends_the_run_after_the_step(data, reference, tmp_path, caplog,
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_second_interrupt_ends_the_run_at_once(monkeypatch):
+    clock = iter([0.0, 0.5, 5.0])
+    monkeypatch.setattr(processes.time, "monotonic", lambda: next(clock))
+    with processes.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)  # passed on by torchrun
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
 def test_a_damaged_state_falls_back_to_the_one_before(data, reference, tmp_path, caplog, damage):
     run(data, tmp_path)
@@ -488,7 +500,7 @@ def test_parts_add_up_to_the_batch(data, tmp_path, monkeypatch):
 
 
 def test_two_processes_train_as_one(data, tmp_path):
-    """The global batch, its canvas and its number of positives are the same; without BatchNorm statistics so is the step."""
+    """The batch, its canvas and its number of positives are the same; without BatchNorm's statistics so is the step."""
     validation = {"val_images": data["images"], "val_annotations": data["annotations"]}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -499,8 +511,9 @@ def test_two_processes_train_as_one(data, tmp_path):
     assert [worker.exitcode for worker in workers] == [0, 0]
     first, second = (torch.load(tmp_path / f"weights_{rank}.pt") for rank in range(2))
     assert_equal_weights(first, second)
-    alone, result = run(data, tmp_path / "alone", tiny_detector(norm_eval=True), **SGD, **validation)
-    assert result.steps == len(log_of(tmp_path / "run"))
+    alone, _ = run(data, tmp_path / "alone", tiny_detector(norm_eval=True), **SGD, **validation)
+    losses, losses_alone = ([line["loss"] for line in log_of(tmp_path / run)] for run in ("run", "alone"))
+    assert losses == pytest.approx(losses_alone, rel=1e-4)
     start = tiny_detector(norm_eval=True).state_dict()
     for key, value in alone.state_dict().items():
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-6)

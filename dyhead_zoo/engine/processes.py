@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Processes:
         shared = torch.tensor(flags, dtype=torch.int32, device=self.device)
         distributed.all_reduce(shared, distributed.ReduceOp.MAX)
         return [bool(flag) for flag in shared.tolist()]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the processes, each of which must call this."""
+        if self.size > 1:
+            distributed.all_reduce(values)
+        return values / self.size
 
     def wait(self) -> None:
         """Until every process has come here."""
@@ -69,10 +76,15 @@ def joined_processes(device: str | None) -> Iterator[Processes]:
 
 
 class StopRequest:
-    """Remembers SIGTERM or SIGINT within the block; a second one has its usual effect."""
+    """Remembers SIGTERM or SIGINT within the block.
+
+    A second SIGINT raises ``KeyboardInterrupt``, unless it comes within a second: torchrun passes on to its processes a
+    signal that the terminal or the scheduler has sent them already.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self._time = 0.0
         self._process = os.getpid()
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -82,7 +94,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._restore()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     @property
     def requested(self) -> bool:
@@ -92,11 +105,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # Ctrl-C reaches the loader's workers too, and they must live until the step is done
-        self.signal = signal.Signals(number).name
-        self._restore()
-        print(f"\n{self.signal}: stopping after this step; once more to stop at once", file=sys.stderr)
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        if self.signal is None:
+            self.signal, self._time = signal.Signals(number).name, time.monotonic()
+            print(f"\n{self.signal}: stopping after this step; Ctrl-C stops at once", file=sys.stderr)
+        elif number == signal.SIGINT and time.monotonic() - self._time > 1:
+            raise KeyboardInterrupt

@@ -102,7 +102,7 @@ def train(
     ``output`` receives ``run.json`` (what was run), ``log.jsonl``, ``state_*.pt`` (the two newest resumable states),
     ``last.safetensors`` and, with validation data, ``best.safetensors`` (by AP). Weights and metrics are those of the
     running average where there is one. SIGTERM and Ctrl-C end the run after the current step with a state saved; a
-    second one ends it at once.
+    second Ctrl-C ends it at once.
 
     Under torchrun each process takes its share of every batch and gradients are averaged; heads divide their losses by
     the mean number of positives over the processes, so the step is that of one process with the whole batch (but for
@@ -415,10 +415,10 @@ class _Run:
         )
 
     def _log_step(self, bar: Any) -> None:
-        """Means since the last line go to the log, the bar and the logger. Losses are those of the first process."""
+        """Means since the last line, over the processes too, go to the log, the bar and the logger."""
+        means, images_per_second, seconds_per_step = self.meter.read(self.processes)
         if self.log is None:
             return
-        means, images_per_second, seconds_per_step = self.meter.read()
         left = timedelta(
             seconds=round((self.steps_per_epoch * self.config.epochs - self.progress.step) * seconds_per_step)
         )
@@ -449,10 +449,11 @@ class _Meter:
         self.steps += 1
         self.images += images
 
-    def read(self) -> tuple[dict[str, float], float, float]:
+    def read(self, processes: Processes) -> tuple[dict[str, float], float, float]:
         """Means by name, images per second, seconds per step; the count starts again."""
+        values = processes.mean(torch.stack([value / self.steps for value in self.sums.values()])).tolist()
+        means = dict(zip(self.sums, values, strict=True))
         seconds = time.perf_counter() - self.start
-        means = {name: float(value) / self.steps for name, value in self.sums.items()}
         speed = self.images / seconds, seconds / self.steps
         self.reset()
         return means, *speed

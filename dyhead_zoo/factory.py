@@ -78,10 +78,14 @@ def create_detector(
     arch, tag = registry.split_name(name)
     if registry.is_detector(arch):
         cfg = registry.get_pretrained_cfg(f"{arch}.{tag}" if tag else arch)
-        return registry.detector_entrypoint(arch)(pretrained, pretrained_cfg=cfg, **user)
+        return registry.detector_entrypoint(arch)(pretrained, **{"pretrained_cfg": cfg, **user})
     family, backbone_name, dyhead = registry.parse_grammar(arch)
     if tag:
         raise registry.UnknownDetectorError(f"{arch} is not registered and has no weight tag {tag!r}")
+    try:
+        resolve_backbone_name(backbone_name)
+    except ValueError as error:
+        raise registry.UnknownDetectorError(f"{registry.unknown(arch)}. {error}") from None
     return family(arch, pretrained, user, backbone=backbone_name, dyhead=dyhead)
 
 
@@ -104,7 +108,7 @@ def _from_folder(folder: Path, user: dict[str, Any]) -> Detector:
     cfg = cfg.replace(file=str((folder / "model.safetensors").resolve()), source="native", arch={})
     name = str(config["name"])
     if registry.is_detector(name):
-        return registry.detector_entrypoint(name)(True, pretrained_cfg=cfg, **(arch | user))
+        return registry.detector_entrypoint(name)(True, **{**arch, **user, "pretrained_cfg": cfg})
     family, _, _ = registry.parse_grammar(name)
     return family(name, True, {"pretrained_cfg": cfg, **user}, **arch)
 

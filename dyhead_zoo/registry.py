@@ -110,7 +110,7 @@ def detector_entrypoint(name: str) -> Entrypoint:
     """
     arch, _ = split_name(name)
     if arch not in _entrypoints:
-        raise UnknownDetectorError(_unknown(arch))
+        raise UnknownDetectorError(unknown(arch))
     return _entrypoints[arch]
 
 
@@ -124,10 +124,11 @@ def parse_grammar(name: str) -> tuple[FamilyBuilder, str, int]:
     for family in sorted(_families, key=len, reverse=True):
         if match := re.fullmatch(rf"{family}_(.+?)(?:_dyhead(\d+))?", name):
             return _families[family], match[1], int(match[2] or 0)
-    raise UnknownDetectorError(_unknown(name))
+    raise UnknownDetectorError(unknown(name))
 
 
-def _unknown(name: str) -> str:
+def unknown(name: str) -> str:
+    """What to say of a name that is no detector, with similar ones."""
     close = difflib.get_close_matches(name, [*_entrypoints, *_deprecated], n=3, cutoff=0.6)
     hint = f"Did you mean {', '.join(close)}? " if close else ""
     return (

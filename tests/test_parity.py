@@ -15,7 +15,10 @@ CASES = {
     "atss_r50": ("atss_resnet50.mmdet_1x_coco", {}),
     "atss_r50_dyhead": ("atss_resnet50_dyhead6.mmdet_1x_coco", {}),
     "atss_r50_caffe_dyhead": ("atss_resnet50_dyhead6.mmdet_caffe_1x_coco", {}),
-    "atss_swin_t_dyhead": ("atss_swin_dyhead2", {**_SWIN, "pretrained_cfg": get_pretrained_cfg("atss_swin_large_dyhead6")}),
+    "atss_swin_t_dyhead": (
+        "atss_swin_dyhead2",
+        {**_SWIN, "pretrained_cfg": get_pretrained_cfg("atss_swin_large_dyhead6")},
+    ),
 }
 GRAD_NAMES = {
     "backbone.layer4.0.conv2.weight": "backbone.body.layer4.0.conv2.weight",
@@ -63,17 +66,13 @@ def test_features_outputs_and_detections(case, batch):
                 assert_near(level, reference[f"{key}.{i}"], f"{key} {i}")
         for i, detections in enumerate(detector.decode(raw)):
             assert len(detections) > 0
-            assert_same_detections(
-                detections, {k: reference[f"det.{k}.{i}"] for k in ("boxes", "scores", "labels")}
-            )
+            assert_same_detections(detections, {k: reference[f"det.{k}.{i}"] for k in ("boxes", "scores", "labels")})
 
 
 def test_losses_and_gradients(case):
     kit, detector = case
     images, sizes = kit.pictures(kit.losses["images"])
-    targets = [
-        {"boxes": torch.tensor(gt["boxes"]), "labels": torch.tensor(gt["labels"])} for gt in kit.losses["gt"]
-    ]
+    targets = [{"boxes": torch.tensor(gt["boxes"]), "labels": torch.tensor(gt["labels"])} for gt in kit.losses["gt"]]
     for parameter in detector.parameters():
         parameter.requires_grad_(True)
     losses = detector.loss(detector(images, sizes), targets)

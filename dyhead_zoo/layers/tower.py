@@ -13,12 +13,15 @@ def prior_bias(probability: float) -> float:
 
 
 class ConvNormAct(nn.Module):
-    """3x3 convolution, GroupNorm with 32 groups, ReLU. Shapes: (B, C, H, W) -> (B, C, H, W)."""
+    """3x3 convolution, GroupNorm, ReLU. Shapes: (B, C, H, W) -> (B, C, H, W).
+
+    32 groups, as in FCOS and ATSS; fewer where they do not divide C or would hold a single channel.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = nn.GroupNorm(math.gcd(channels, min(32, channels // 2)), channels)
         self.act = nn.ReLU(inplace=True)
         nn.init.normal_(self.conv.weight, std=0.01)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("dyhead_zoo", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("dyhead_zoo")
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import subprocess
 import sys
 import typing
@@ -14,7 +16,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dyhead_zoo import DEFAULT_DETECTOR, cli, create_detector
+import dyhead_zoo
+from dyhead_zoo import DEFAULT_DETECTOR, cli, create_detector, registry
 from dyhead_zoo.engine.checkpoint import write_weights
 from dyhead_zoo.engine.config import TrainConfig
 from dyhead_zoo.engine.info import canvas_of, count_macs, count_parameters
@@ -298,3 +301,30 @@ def test_benchmark_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "benchmark_op", lambda *args: calls.append(args))
     assert cli.main(["benchmark", "op", "--reps", "3", "--csv", "x.csv"]) == 0
     assert calls == [(3, Path("x.csv"))]
+
+
+# -- README ------------------------------------------------------------------------------------------------------------
+
+
+def readme_blocks(language: str) -> list[str]:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL)
+
+
+def test_commands_of_the_readme_are_understood() -> None:
+    lines = "".join(readme_blocks("bash")).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in re.split("&&|\n", "\n".join(lines))]
+    verbs = [command[1:] for command in commands if command and command[0].endswith("dyhead-zoo")]
+    assert {verb[0] for verb in verbs} == set(VERBS)
+    for verb in verbs:
+        cli.build_parser().parse_args(verb)
+
+
+def test_names_that_the_readme_imports_exist() -> None:
+    code = "\n".join(readme_blocks("python"))
+    imported = re.findall(r"^from dyhead_zoo import (.+)$", code, re.MULTILINE)
+    assert imported
+    for name in ", ".join(imported).split(", "):
+        assert hasattr(dyhead_zoo, name)
+    names = re.findall(r'create_detector\("([^"]+)"', code)
+    assert all(dyhead_zoo.is_detector(name) or registry.parse_grammar(name) for name in names)

@@ -65,7 +65,7 @@ def describe(name: str) -> str:
         "license": cfg.license or "",
         "reported": _figures(cfg.reported, cfg.reported_by, "by"),
         "measured": _figures(cfg.measured, cfg.measured_on, "on"),
-        "papers": ", ".join(f"arXiv:{paper}" for paper in cfg.paper_ids),
+        "papers": ", ".join(cfg.paper_ids),
     }
     return "\n".join(f"{title + ':':<15}{text}" for title, text in rows.items() if text)
 

@@ -154,7 +154,7 @@ def _add_predict(verbs: Any) -> argparse.ArgumentParser:
     verb.add_argument("--output", type=Path, default=Path("runs/predict"), metavar="DIR", help="default: %(default)s")
     _add_model_flags(verb)
     verb.add_argument("--score-threshold", type=float, default=0.3, metavar="S", help="default: %(default)s")
-    verb.add_argument("--batch-size", type=_positive_int, default=1, metavar="N", help="default: %(default)s")
+    verb.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="default: %(default)s")
     verb.add_argument("--no-draw", dest="draw", action="store_false", help="write predictions.json only")
     verb.set_defaults(run=run_predict)
     return verb
@@ -207,9 +207,9 @@ def _add_eval(verbs: Any) -> argparse.ArgumentParser:
         "--predictions", type=Path, metavar="FILE", help="JSON file for all detections, COCO results format"
     )
     _add_model_flags(verb)
-    verb.add_argument("--batch-size", type=_positive_int, default=1, metavar="N", help="default: %(default)s")
+    verb.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="default: %(default)s")
     verb.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that read images; default: 0")
-    verb.add_argument("--max-images", type=_positive_int, metavar="N", help="only the first so many images")
+    verb.add_argument("--max-images", type=positive_int, metavar="N", help="only the first so many images")
     verb.add_argument(
         "--backend",
         choices=("auto", "pycocotools", "hotcoco"),
@@ -338,7 +338,7 @@ def _add_setting(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 def _add_benchmark(verbs: Any) -> argparse.ArgumentParser:
     verb = verbs.add_parser("benchmark", help="measure the deformable convolution on this machine")
     verb.add_argument("what", choices=("op",), help="op: the deformable convolution against a dense one")
-    verb.add_argument("--reps", type=_positive_int, default=7, metavar="N", help="rounds; default: %(default)s")
+    verb.add_argument("--reps", type=positive_int, default=7, metavar="N", help="rounds; default: %(default)s")
     verb.add_argument("--csv", type=Path, metavar="FILE", help="also write the figures there")
     verb.set_defaults(run=run_benchmark)
     return verb
@@ -369,7 +369,7 @@ def _add_model_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to use instead of the published ones")
     labels = verb.add_mutually_exclusive_group()
     labels.add_argument("--class-names", type=_names, metavar="A,B,..", help="classes of a checkpoint that names none")
-    labels.add_argument("--num-classes", type=_positive_int, metavar="N", help="their number, if names do not matter")
+    labels.add_argument("--num-classes", type=positive_int, metavar="N", help="their number, if names do not matter")
     verb.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ..; default: a GPU where there is one")
 
 
@@ -385,7 +385,7 @@ def _load_detector(name: str | None, args: argparse.Namespace) -> Detector:
 
     _check_device(args.device)
     metadata = read_state_dict(args.checkpoint)[1] if args.checkpoint else {}
-    config = json.loads(metadata.get("config", "{}"))
+    config = json.loads(metadata["config"]) if {"config", "label_space"} <= metadata.keys() else {}
     name = name or config.get("name", DEFAULT_DETECTOR)
     arguments = dict(config["arch"]) if config.get("name") == name.partition(".")[0] else {}
     if args.class_names or args.num_classes:
@@ -413,7 +413,8 @@ def _write(path: Path, text: str) -> None:
     write_text(path, text)
 
 
-def _positive_int(text: str) -> int:
+def positive_int(text: str) -> int:
+    """A count on the command line; argparse shows this function's name for what is no number."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return int(text)

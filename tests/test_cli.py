@@ -23,6 +23,7 @@ from dyhead_zoo.engine.config import TrainConfig
 from dyhead_zoo.engine.info import canvas_of, count_macs, count_parameters
 from dyhead_zoo.layers.dyhead import DeformConv3x3
 from dyhead_zoo.pretrained import PretrainedCfg
+from dyhead_zoo.weights import read_state_dict
 
 VERBS = ("list", "info", "predict", "eval", "train", "benchmark")
 TINY = "test_atss_dyhead1"
@@ -214,6 +215,15 @@ def test_predict_goes_on_after_an_unreadable_file(
     assert f"could not read {bad}" in captured.err and "1 pictures" in captured.out
     content = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert len(content["images"]) == 1 and content["categories"][0]["name"] == "a"
+
+
+def test_foreign_checkpoints_may_carry_records_of_their_own(
+    folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, _ = read_state_dict(weights)
+    torch.save({"state_dict": tensors, "meta": {"config": "model = dict(...)"}}, tmp_path / "foreign.pth")
+    flags = ["--checkpoint", tmp_path / "foreign.pth", "--detector", TINY, "--num-classes", 2]
+    assert "of another shape" in failure(capsys, "predict", folder, *flags)  # 64 channels, and TINY has 32
 
 
 def test_predict_names_what_is_wrong(folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

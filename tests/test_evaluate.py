@@ -22,6 +22,8 @@ from dyhead_zoo.structures import Detections
 
 BACKENDS: list[Backend] = ["pycocotools", "hotcoco"]
 
+NAMELESS = '{"images": [], "annotations": [], "categories": [{"id": 1}]}'
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
@@ -151,7 +153,8 @@ def test_unknown_backend_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "text, complaint", [("{", "not JSON"), ("[]", "lacks images"), ('{"images": []}', "lacks ann")]
+    "text, complaint",
+    [("{", "not JSON"), ("[]", "lacks images"), ('{"images": []}', "lacks ann"), (NAMELESS, "id or a name")],
 )
 def test_files_of_another_format_are_an_error(tmp_path: Path, text: str, complaint: str) -> None:
     path = tmp_path / "a.json"

@@ -228,7 +228,7 @@ def read_annotations(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is not JSON, or a list is missing.
+        ValueError: if it is not JSON, a list is missing, or a category has no id or name.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no annotation file at {path}")
@@ -239,6 +239,9 @@ def read_annotations(path: str | Path) -> dict[str, Any]:
     missing = [k for k in ("images", "annotations", "categories") if not isinstance(content, dict) or k not in content]
     if missing:
         raise ValueError(f"{path} is not a COCO-format annotation file: it lacks {', '.join(missing)}")
+    for category in content["categories"]:
+        if not isinstance(category, dict) or not {"id", "name"} <= category.keys():
+            raise ValueError(f"{path}: category {category!r:.80} lacks an id or a name")
     return content
 
 

@@ -22,6 +22,7 @@ from dyhead_zoo.engine.checkpoint import write_weights
 from dyhead_zoo.engine.config import TrainConfig
 from dyhead_zoo.engine.info import canvas_of, count_macs, count_parameters
 from dyhead_zoo.layers.dyhead import DeformConv3x3
+from dyhead_zoo.models import atss
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.weights import read_state_dict
 
@@ -146,14 +147,27 @@ def test_list_shows_names_status_and_tags(capsys: pytest.CaptureFixture[str]) ->
     assert "'yolo*'" in failure(capsys, "list", "yolo*")
 
 
-def test_info_keeps_reported_and_measured_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["info", TINY]) == 0
-    rows = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+def info(capsys: pytest.CaptureFixture[str], name: str) -> dict[str, str]:
+    assert cli.main(["info", name]) == 0
+    return {key: text.strip() for key, text in (line.split(":", 1) for line in capsys.readouterr().out.splitlines())}
+
+
+def test_info_shows_size_and_labels(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = info(capsys, TINY)
     detector = create_detector(TINY)
     assert float(rows["parameters"].split()[0]) == pytest.approx(count_parameters(detector) / 1e6, abs=0.01)
     assert rows["classes"].split()[0] == "80" and "person" in rows["classes"]
-    assert "reported" not in rows and "measured" not in rows and rows["weights"].strip().startswith("none")
+    assert rows["weights"].startswith("none") and not {"reported", "measured"} & rows.keys()
     assert "Did you mean atss_" in failure(capsys, "info", "ats_resnet50_dyhead6")
+
+
+def test_info_says_whose_a_figure_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = {"reported": {"AP": 43.3}, "reported_by": "its authors", "url": "https://example.org/w.pth"}
+    cfg = registry.get_pretrained_cfg(TINY).replace(**theirs, measured={"AP": 43.1}, measured_on="val2017")
+    monkeypatch.setitem(atss.cfgs, TINY, cfg)
+    rows = info(capsys, TINY)
+    assert rows["reported"] == "AP 43.3 (by its authors)" and rows["measured"] == "AP 43.1 (on val2017)"
+    assert "https://example.org/w.pth" in rows["weights"] and "not checked" in rows["weights"]
 
 
 def test_multiply_adds_of_dense_and_deformable_convolutions() -> None:

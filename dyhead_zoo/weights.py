@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dyhead_zoo.convert import CheckpointError, Conversion, detectron2, listing, mmdet, unwrap
-from dyhead_zoo.data.label_space import LabelSpace
+from dyhead_zoo.data.label_space import COCO_80, LabelSpace
 from dyhead_zoo.download import fetch, sha256_of
 
 if TYPE_CHECKING:
@@ -296,20 +296,23 @@ def _classes_in(tensors: Mapping[str, Tensor], rows: Mapping[str, ClassRows]) ->
 
 
 def _stated_labels(metadata: Mapping[str, Any], argument: LabelSpace | None) -> LabelSpace | None:
-    """Label space of a checkpoint: its own record in our files, what the caller knows, then the names in mmdet's files.
-
-    The caller comes before mmdet's names because the oldest of these are spelt differently (``traffic_light``).
-    """
-    dataset = metadata.get("dataset_meta") or {}
-    names = metadata.get("CLASSES") or dataset.get("classes") or dataset.get("CLASSES")
+    """Label space of a checkpoint: its own record in our files, what the caller knows, the names in mmdet's files."""
     try:
         if "label_space" in metadata:
             return LabelSpace.from_dict(json.loads(metadata["label_space"]))
-        if argument is not None or names is None:
-            return argument
-        return LabelSpace.from_names([names] if isinstance(names, str) else names)
-    except (ValueError, TypeError, KeyError) as error:
+        return argument or _mmdet_labels(metadata)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"its record of class names cannot be read ({error}): pass label_space=") from error
+
+
+def _mmdet_labels(meta: Mapping[str, Any]) -> LabelSpace | None:
+    dataset = meta.get("dataset_meta") or {}
+    names = meta.get("CLASSES") or dataset.get("classes") or dataset.get("CLASSES")
+    if names is None:
+        return None
+    labels = LabelSpace.from_names([names] if isinstance(names, str) else names)
+    # mmdet 1 wrote traffic_light
+    return COCO_80 if tuple(name.replace("_", " ") for name in labels.names) == COCO_80.names else labels
 
 
 def _pair_classes(theirs: LabelSpace, ours: LabelSpace) -> list[tuple[int, int]]:

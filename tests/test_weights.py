@@ -581,10 +581,10 @@ def test_errors_name_the_file_and_unknown_sources(detector: Detector, tmp_path: 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
 
-PETS = LabelSpace.from_names(["dog", "unicorn", "cat"])
+PETS = LabelSpace.from_names(["traffic light", "unicorn", "cat"])
 
 
-@pytest.mark.parametrize("where", ["file", "argument", "mmdet meta", "dataset_meta", "own labels"])
+@pytest.mark.parametrize("where", ["file", "argument", "mmdet meta", "mmdet 1 meta", "dataset_meta", "own labels"])
 def test_rows_follow_class_names(tmp_path: Path, where: str) -> None:
     source = create_detector("test_atss_dyhead1")
     checkpoint = changed(source)
@@ -600,6 +600,7 @@ def test_rows_follow_class_names(tmp_path: Path, where: str) -> None:
         path = tmp_path / "w.pth"
         meta = {
             "mmdet meta": {"CLASSES": COCO_80.names},
+            "mmdet 1 meta": {"CLASSES": tuple(name.replace(" ", "_") for name in COCO_80.names)},
             "dataset_meta": {"dataset_meta": {"classes": COCO_80.names, "palette": [(0, 0, 0)]}},
             "own labels": {},
         }[where]
@@ -609,11 +610,11 @@ def test_rows_follow_class_names(tmp_path: Path, where: str) -> None:
             load_checkpoint(detector, path)
         return
     report = load_checkpoint(detector, path, label_space=label_space)
-    assert report.copied_classes == ("dog", "cat") and report.fresh_classes == ("unicorn",)
+    assert report.copied_classes == ("traffic light", "cat") and report.fresh_classes == ("unicorn",)
     assert "classes that start fresh: unicorn" in report.summary()
     for key in ("head.cls_logits.weight", "head.cls_logits.bias"):
         after = detector.state_dict()[key]
-        assert torch.equal(after[0], checkpoint[key][COCO_80.names.index("dog")])
+        assert torch.equal(after[0], checkpoint[key][COCO_80.names.index("traffic light")])
         assert torch.equal(after[1], before[key][1])
         assert torch.equal(after[2], checkpoint[key][COCO_80.names.index("cat")])
     assert torch.equal(detector.state_dict()["head.scales"], checkpoint["head.scales"])
@@ -646,6 +647,24 @@ def test_unnamed_classes_reload_into_the_same_space() -> None:
     checkpoint = changed(detector)
     assert not load_checkpoint(detector, checkpoint).fresh_classes
     assert_same(detector.state_dict(), checkpoint)
+
+
+def test_what_the_caller_knows_comes_before_mmdets_names_but_not_before_our_record(tmp_path: Path) -> None:
+    detector = create_detector("test_atss_dyhead1", class_names=["a", "b"])
+    checkpoint, swapped = changed(detector), LabelSpace.from_names(["b", "a"])
+    torch.save({"state_dict": checkpoint, "meta": {"CLASSES": ["a", "b"]}}, tmp_path / "w.pth")
+    write_safetensors(tmp_path / "w.safetensors", checkpoint, {"label_space": json.dumps(swapped.to_dict())})
+    for path, argument in (("w.pth", swapped), ("w.safetensors", detector.label_space)):
+        load_checkpoint(detector, tmp_path / path, label_space=argument)
+        assert torch.equal(
+            detector.state_dict()["head.cls_logits.weight"], checkpoint["head.cls_logits.weight"].flip(0)
+        )
+
+
+def test_a_single_class_written_as_a_string(tmp_path: Path) -> None:
+    detector = create_detector("test_atss_dyhead1", class_names=["person"])
+    torch.save({"state_dict": changed(detector), "meta": {"CLASSES": "person"}}, tmp_path / "w.pth")
+    assert load_checkpoint(detector, tmp_path / "w.pth").copied_classes == ("person",)
 
 
 def test_a_label_space_of_another_length_is_an_error(detector: Detector) -> None:

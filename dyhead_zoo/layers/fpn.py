@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyhead_zoo.layers.dyhead import CoarseOffsets, DyHead
+from dyhead_zoo.layers.dyhead_paper import PaperDyHead
 
 ExtraLevels = Literal["p5", "c5", "pool"]
+Formulation = Literal["released", "paper"]
 
 
 class FPN(nn.Module):
@@ -75,7 +77,8 @@ class FPN(nn.Module):
 class Neck(nn.Module):
     """FPN, then DyHead if ``dyhead`` blocks are asked for: what stands between a backbone and a head.
 
-    ``strides`` are those of the pyramid: the backbone's, then doubling. Arguments as in ``FPN`` and ``DyHead``.
+    ``strides`` are those of the pyramid: the backbone's, then doubling. Arguments as in ``FPN`` and ``DyHead``;
+    ``formulation='paper'`` runs the paper's equations (``PaperDyHead``) instead of the released code's.
 
     Shapes: L x (B, C_l, H_l, W_l) -> (L + num_extra) x (B, channels, ., .), fine to coarse.
     """
@@ -95,13 +98,18 @@ class Neck(nn.Module):
         task: bool = True,
         coarse_offsets: CoarseOffsets = "aligned",
         zero_init_offset: bool = True,
+        formulation: Formulation = "released",
     ) -> None:
         super().__init__()
+        if formulation not in ("released", "paper"):
+            raise ValueError(f"formulation={formulation!r}: use 'released' (published weights) or 'paper'")
         self.channels = channels
         self.strides = (*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(num_extra)))
         self.fpn = FPN(in_channels, channels, num_extra=num_extra, extra_from=extra_from, extra_relu=extra_relu)
-        self.dyhead: DyHead | None = None
-        if dyhead:
+        self.dyhead: DyHead | PaperDyHead | None = None
+        if dyhead and formulation == "paper":
+            self.dyhead = PaperDyHead(channels, len(self.strides), dyhead, scale=scale, spatial=spatial, task=task)
+        elif dyhead:
             self.dyhead = DyHead(
                 channels,
                 num_blocks=dyhead,

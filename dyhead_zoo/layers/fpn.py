@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dyhead_zoo.layers.dyhead import CoarseOffsets, DyHead
 from dyhead_zoo.layers.dyhead_paper import PaperDyHead
+from dyhead_zoo.layers.tower import ConvNorm
 
 ExtraLevels = Literal["p5", "c5", "pool"]
 Formulation = Literal["released", "paper"]
@@ -29,6 +30,8 @@ class FPN(nn.Module):
         extra_from: ``'p5'``: a 3x3 stride-2 convolution of the last pyramid level; ``'c5'``: of the last backbone
             level; ``'pool'``: every second cell of the last pyramid level (max pooling with kernel 1), no parameters.
         extra_relu: ReLU before the second and later extra convolutions.
+        fpn_norm: GroupNorm after every convolution (RepPoints' "GN neck"). Bodies that end in a linear layer give features
+            of large magnitude, from which DyHead's offsets would leave the picture; this bounds them.
 
     Shapes: L x (B, C_l, H_l, W_l) -> (L + num_extra) x (B, out_channels, ., .), fine to coarse.
     """
@@ -41,23 +44,27 @@ class FPN(nn.Module):
         num_extra: int = 2,
         extra_from: ExtraLevels = "p5",
         extra_relu: bool = False,
+        fpn_norm: bool = False,
     ) -> None:
         super().__init__()
         if extra_from not in ("p5", "c5", "pool"):
             raise ValueError(f"extra_from={extra_from!r}: use 'p5', 'c5' or 'pool'")
         self.num_extra, self.extra_from, self.extra_relu = num_extra, extra_from, extra_relu
-        self.lateral = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in in_channels)
-        self.output = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
+
+        def conv(channels: int, kernel: int, stride: int = 1) -> nn.Module:
+            layer = nn.Conv2d(channels, out_channels, kernel, stride, padding=kernel // 2, bias=not fpn_norm)
+            nn.init.xavier_uniform_(layer.weight)
+            if fpn_norm:
+                return ConvNorm(layer)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            return layer
+
+        self.lateral = nn.ModuleList(conv(channels, 1) for channels in in_channels)
+        self.output = nn.ModuleList(conv(out_channels, 3) for _ in in_channels)
         self.extra = nn.ModuleList()
         if extra_from != "pool":
             first = in_channels[-1] if extra_from == "c5" else out_channels
-            self.extra.extend(
-                nn.Conv2d(first if i == 0 else out_channels, out_channels, 3, 2, padding=1) for i in range(num_extra)
-            )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            self.extra.extend(conv(first if i == 0 else out_channels, 3, 2) for i in range(num_extra))
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         inner = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
@@ -92,6 +99,7 @@ class Neck(nn.Module):
         num_extra: int = 2,
         extra_from: ExtraLevels = "p5",
         extra_relu: bool = False,
+        fpn_norm: bool = False,
         dyhead: int = 0,
         scale: bool = True,
         spatial: bool = True,
@@ -105,7 +113,9 @@ class Neck(nn.Module):
             raise ValueError(f"formulation={formulation!r}: use 'released' (published weights) or 'paper'")
         self.channels = channels
         self.strides = (*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(num_extra)))
-        self.fpn = FPN(in_channels, channels, num_extra=num_extra, extra_from=extra_from, extra_relu=extra_relu)
+        self.fpn = FPN(
+            in_channels, channels, num_extra=num_extra, extra_from=extra_from, extra_relu=extra_relu, fpn_norm=fpn_norm
+        )
         self.dyhead: DyHead | PaperDyHead | None = None
         if dyhead and formulation == "paper":
             self.dyhead = PaperDyHead(channels, len(self.strides), dyhead, scale=scale, spatial=spatial, task=task)

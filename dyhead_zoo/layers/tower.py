@@ -12,16 +12,29 @@ def prior_bias(probability: float) -> float:
     return -math.log((1 - probability) / probability)
 
 
-class ConvNormAct(nn.Module):
-    """3x3 convolution, GroupNorm, ReLU. Shapes: (B, C, H, W) -> (B, C, H, W).
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups; fewer where they do not divide the channels or would hold a single one."""
+    return nn.GroupNorm(math.gcd(channels, min(32, channels // 2)), channels)
 
-    32 groups, as in FCOS and ATSS; fewer where they do not divide C or would hold a single channel.
-    """
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, and GroupNorm. Shapes as of the convolution."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv, self.norm = conv, group_norm(conv.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class ConvNormAct(nn.Module):
+    """3x3 convolution, GroupNorm, ReLU, as in FCOS and ATSS. Shapes: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(math.gcd(channels, min(32, channels // 2)), channels)
+        self.norm = group_norm(channels)
         self.act = nn.ReLU(inplace=True)
         nn.init.normal_(self.conv.weight, std=0.01)
 

@@ -235,7 +235,7 @@ _SMALL = PretrainedCfg(short_side=384, long_side=384, license="apache-2.0", pape
 _LITE = _SMALL.replace(
     mean=(127.5, 127.5, 127.5),
     std=(127.5, 127.5, 127.5),
-    arch={"anchor_offset": 0.5, "score_threshold": 0.01},
+    arch={"anchor_offset": 0.5, "fpn_norm": True, "score_threshold": 0.01},
 )
 
 cfgs = {

@@ -86,7 +86,8 @@ def create_detector(
         resolve_backbone_name(backbone_name)
     except ValueError as error:
         raise registry.UnknownDetectorError(f"{registry.unknown(arch)}. {error}") from None
-    return family(arch, pretrained, user, backbone=backbone_name, dyhead=dyhead)
+    # features of arbitrary bodies have arbitrary magnitudes; there are no weights to be compatible with
+    return family(arch, pretrained, user, backbone=backbone_name, dyhead=dyhead, fpn_norm=True)
 
 
 def _from_folder(folder: Path, user: dict[str, Any]) -> Detector:

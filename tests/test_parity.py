@@ -17,7 +17,7 @@ CASES = {
     "atss_r50_caffe_dyhead": ("atss_resnet50_dyhead6.mmdet_caffe_1x_coco", {}),
     "atss_swin_t_dyhead": (
         "atss_swin_dyhead2",
-        {**_SWIN, "pretrained_cfg": get_pretrained_cfg("atss_swin_large_dyhead6")},
+        {**_SWIN, "fpn_norm": False, "pretrained_cfg": get_pretrained_cfg("atss_swin_large_dyhead6")},
     ),
 }
 GRAD_NAMES = {

@@ -30,8 +30,8 @@ class FPN(nn.Module):
         extra_from: ``'p5'``: a 3x3 stride-2 convolution of the last pyramid level; ``'c5'``: of the last backbone
             level; ``'pool'``: every second cell of the last pyramid level (max pooling with kernel 1), no parameters.
         extra_relu: ReLU before the second and later extra convolutions.
-        fpn_norm: GroupNorm after every convolution (RepPoints' "GN neck"). Bodies that end in a linear layer give features
-            of large magnitude, from which DyHead's offsets would leave the picture; this bounds them.
+        fpn_norm: GroupNorm after every convolution (RepPoints' "GN neck"). Bodies that end in a linear layer give
+            features of large magnitude, from which DyHead's offsets would leave the picture; this bounds them.
 
     Shapes: L x (B, C_l, H_l, W_l) -> (L + num_extra) x (B, out_channels, ., .), fine to coarse.
     """

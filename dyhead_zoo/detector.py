@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dyhead_zoo.data.label_space import LabelSpace
+from dyhead_zoo.layers.dyhead import BlockAttention
+from dyhead_zoo.layers.fpn import Neck
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.structures import Detections, DetectionTensors, Target
 from dyhead_zoo.weights import ClassRows
@@ -130,6 +132,20 @@ class Detector(nn.Module):
             sizes = torch.tensor([canvas], device=images.device).expand(len(images), 2)
         x = self.normalise(images, image_sizes)
         return cast(Head, self.head)(self.neck(self.backbone(x)), sizes, canvas)
+
+    @torch.no_grad()
+    def attention(self, images: Tensor, image_sizes: Tensor | None = None) -> list[BlockAttention]:
+        """What the three attentions of each DyHead block compute for these images (see ``forward``).
+
+        Raises:
+            ValueError: for a detector without DyHead.
+        """
+        neck = cast(Neck, self.neck)
+        if neck.dyhead is None:
+            raise ValueError(f"{self.name} has no DyHead: its name would end in '_dyhead<N>'")
+        trace: list[BlockAttention] = []
+        neck.dyhead(neck.fpn(self.backbone(self.normalise(images, image_sizes))), trace)
+        return trace
 
     def loss(self, raw: RawOutput, targets: list[Target]) -> dict[str, Tensor]:
         """Loss terms of a raw output; their sum is the loss. The same in train and eval mode.

@@ -84,7 +84,7 @@ def test_aligned_averages_what_the_coarse_cell_covers():
 def test_zero_offsets_are_a_masked_dense_convolution():
     spatial = SpatialAttention(16, 16)
     x = pyramid(1)[0]
-    (branches,) = spatial([x])
+    (branches,) = spatial([x], spatial.fields([x]))
     conv = spatial.conv_mid
     dense = torch.nn.functional.conv2d(x, conv.weight * 0.5, conv.bias, padding=1)  # mask = sigmoid(0)
     torch.testing.assert_close(branches[0], spatial.norm_mid(dense), atol=1e-5, rtol=1e-4)
@@ -106,6 +106,27 @@ def test_task_attention_is_a_relu_at_neutral_coefficients():
     a1, b1, a2, b2 = shaken(attention).coefficients(1000 * torch.randn(50, 16))
     for coefficient, low, high in ((a1, 0, 2), (a2, -1, 1), (b1, -0.5, 0.5), (b2, -0.5, 0.5)):
         assert coefficient.min() >= low and coefficient.max() <= high
+
+
+@pytest.mark.parametrize("coarse_offsets", ["aligned", "reinterpret"])
+def test_trace_shows_what_each_attention_computed(coarse_offsets):
+    head = shaken(DyHead(16, 32, num_blocks=2, coarse_offsets=coarse_offsets))
+    trace = []
+    outputs = head(pyramid(), trace)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, head(pyramid()), strict=True))
+    assert len(trace) == 2
+    assert [tuple(w.shape) for w in trace[0].scale] == [(2, 2), (2, 3), (2, 2)]
+    assert [tuple(o.shape) for o in trace[0].offsets] == [(2, 18, *size) for size in SIZES]
+    assert [tuple(m.shape) for m in trace[0].masks] == [(2, 9, *size) for size in SIZES]
+    assert [tuple(t.shape) for t in trace[1].task] == [(2, 4, 32)] * 3
+    block, level = head.blocks[0], pyramid()[0]
+    torch.testing.assert_close(trace[0].offsets[0], block.spatial.offset(level)[:, :18].detach())
+
+
+def test_trace_is_empty_where_an_attention_is_off():
+    trace = []
+    DyHead(16, num_blocks=1, scale=False, spatial=False, task=False)(pyramid(), trace)
+    assert trace == [([], [], [], [])]
 
 
 @pytest.mark.parametrize(

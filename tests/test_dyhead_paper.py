@@ -100,6 +100,13 @@ def test_depth_keeps_the_scale_of_the_features():
         assert 0.1 < level.square().mean().sqrt() < 10
 
 
+def test_trace_has_one_entry_for_all_levels():
+    trace = []
+    PaperDyHead(8, 3, 2)([torch.randn(2, 8, s, s) for s in (8, 4, 2)], trace)
+    shapes = [[tuple(t.shape) for t in field] for field in trace[1]]
+    assert shapes == [[(2, 3)], [(2, 18, 4, 4)], [(2, 9, 4, 4)], [(2, 4, 8)]]
+
+
 def test_a_detector_in_the_papers_formulation():
     detector = create_detector("test_atss_dyhead1", formulation="paper", num_classes=2).train()
     target = {"boxes": torch.tensor([[4.0, 4, 60, 60]]), "labels": torch.tensor([1])}

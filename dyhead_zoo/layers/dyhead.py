@@ -21,7 +21,7 @@ All weights of a block are shared by all levels, and a block has no residual con
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,30 @@ from torch.utils.checkpoint import checkpoint
 from dyhead_zoo.ops import modulated_deform_conv2d
 
 CoarseOffsets = Literal["reinterpret", "aligned"]
+Field = tuple[Tensor, Tensor]  # offsets and masks of a level
 _GROUPS = 16  # of GroupNorm, as in the released code
+
+
+class BlockAttention(NamedTuple):
+    """What the attentions of one block computed, detached; a field is empty where its attention is switched off.
+
+    One entry per level, fine to coarse; a single entry in the paper's formulation, which has one for all levels.
+
+    Attributes:
+        scale: (B, n), weight of each branch: the level itself, the finer one, the coarser one, as far as they exist; in
+            the paper's formulation (B, L), weight of each level.
+        offsets: (B, 18, H, W), (dy, dx) of the nine taps in pixels of the map that is sampled.
+        masks: (B, 9, H, W) in 0..1.
+        task: (B, 4, C), a1, b1, a2, b2 of each channel.
+    """
+
+    scale: list[Tensor]
+    offsets: list[Tensor]
+    masks: list[Tensor]
+    task: list[Tensor]
+
+
+Trace = list[BlockAttention]
 
 
 class ScaleAttention(nn.Module):
@@ -156,17 +179,20 @@ class SpatialAttention(nn.Module):
         batch, channels = field.shape[:2]
         return field.flatten(1)[:, : channels * size[0] * size[1]].reshape(batch, channels, *size)
 
-    def _branch(self, name: str, x: Tensor, field: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _branch(self, name: str, x: Tensor, field: Field | None) -> Tensor:
         conv, norm = getattr(self, f"conv_{name}"), getattr(self, f"norm_{name}")
         return norm(conv(x, *field) if field else conv(x))
 
-    def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
+    def fields(self, features: list[Tensor]) -> list[Field | None]:
+        """Offsets (B, 18, H_l, W_l) and masks (B, 9, H_l, W_l) of each level; None for ordinary convolutions."""
+        if self.offset is None:
+            return [None] * len(features)
+        predicted = [self.offset(x).float() for x in features]
+        return [(p[:, :18], p[:, 18:].sigmoid()) for p in predicted]
+
+    def forward(self, features: list[Tensor], fields: list[Field | None]) -> list[list[Tensor]]:
         levels = []
-        for level, x in enumerate(features):
-            field = None
-            if self.offset is not None:
-                predicted = self.offset(x).float()
-                field = predicted[:, :18], predicted[:, 18:].sigmoid()
+        for level, (x, field) in enumerate(zip(features, fields, strict=True)):
             branches = [self._branch("mid", x, field)]
             if level > 0:
                 branches.append(self._branch("low", features[level - 1], field))
@@ -209,13 +235,23 @@ class DyHeadBlock(nn.Module):
         self.scale = ScaleAttention(out_channels) if scale else None
         self.task = TaskAttention(out_channels) if task else nn.ReLU()
 
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse."""
-        outputs = []
-        for branches in self.spatial(features):
+    def forward(self, features: list[Tensor], trace: Trace | None = None) -> list[Tensor]:
+        """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse; appends its attentions to ``trace``."""
+        fields = self.spatial.fields(features)
+        outputs, weights, coefficients = [], [], []
+        for branches in self.spatial(features, fields):
             if self.scale is not None:
-                branches = [self.scale(branch) * branch for branch in branches]
-            outputs.append(self.task(sum(branches[1:], branches[0]) / len(branches)))
+                weight = [self.scale(branch) for branch in branches]
+                branches = [w * branch for w, branch in zip(weight, branches, strict=True)]
+                weights.append(torch.cat(weight, dim=1).flatten(1).detach())
+            x = sum(branches[1:], branches[0]) / len(branches)
+            if trace is not None and isinstance(self.task, TaskAttention):
+                coefficients.append(torch.stack(self.task.coefficients(x.mean((2, 3))), dim=1).detach())
+            outputs.append(self.task(x))
+        if trace is not None:
+            known = [field for field in fields if field is not None]
+            offsets, masks = [o.detach() for o, _ in known], [m.detach() for _, m in known]
+            trace.append(BlockAttention(weights, offsets, masks, coefficients))
         return outputs
 
 
@@ -264,11 +300,11 @@ class DyHead(nn.Module):
             for i in range(num_blocks)
         )
 
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse."""
+    def forward(self, features: list[Tensor], trace: Trace | None = None) -> list[Tensor]:
+        """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse; see ``BlockAttention`` for ``trace``."""
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
+            if self.grad_checkpointing and torch.is_grad_enabled() and trace is None:
                 features = checkpoint(block, features, use_reentrant=False)
             else:
-                features = block(features)
+                features = block(features, trace)
         return features

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dyhead_zoo.layers.dyhead import BlockAttention, Trace
 from dyhead_zoo.ops import modulated_deform_conv2d
 
 
@@ -116,13 +117,25 @@ class PaperBlock(nn.Module):
         self.spatial = PaperSpatialAttention(levels, channels) if spatial else None
         self.task = PaperTaskAttention(channels) if task else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, trace: Trace | None = None) -> Tensor:
+        """Appends its attentions to ``trace``."""
+        seen = BlockAttention([], [], [], [])
         if self.scale is not None:
-            _, x = self.scale(x)
+            weight, x = self.scale(x)
+            seen.scale.append(weight.detach())
         if self.spatial is not None:
-            _, _, y = self.spatial(x)
+            offset, mask, y = self.spatial(x)
             x = y[:, None].expand_as(x)
-        return self.task(x)[1] if self.task is not None else F.relu(x)
+            seen.offsets.append(offset.detach())
+            seen.masks.append(mask.detach())
+        if self.task is not None:
+            coefficients, x = self.task(x)
+            seen.task.append(torch.stack(coefficients, dim=1).detach())
+        else:
+            x = F.relu(x)
+        if trace is not None:
+            trace.append(seen)
+        return x
 
 
 class PaperDyHead(nn.Module):
@@ -153,13 +166,13 @@ class PaperDyHead(nn.Module):
             PaperBlock(levels, channels, scale=scale, spatial=spatial, task=task) for _ in range(num_blocks)
         )
 
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """L x (B, C, H_l, W_l) -> L x (B, C, H_l, W_l), fine to coarse."""
+    def forward(self, features: list[Tensor], trace: Trace | None = None) -> list[Tensor]:
+        """L x (B, C, H_l, W_l) -> L x (B, C, H_l, W_l), fine to coarse; see ``BlockAttention`` for ``trace``."""
         median = features[len(features) // 2]
         x = torch.stack([resize(f, (median.shape[-2], median.shape[-1])) for f in features], dim=1)
         for block in self.blocks:
-            recompute = self.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            recompute = self.grad_checkpointing and torch.is_grad_enabled() and trace is None
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x, trace)
         return [resize(x[:, level], (f.shape[-2], f.shape[-1])) for level, f in enumerate(features)]
 
 

@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -63,8 +65,17 @@ def data(tmp_path_factory):
 
 
 def tiny_detector(seed=0, name="test_atss_dyhead1", **kwargs):
+    """Random in its forward pass too, by dropout."""
     torch.manual_seed(seed)
-    return create_detector(name, class_names=NAMES, **kwargs)
+    detector = create_detector(name, class_names=NAMES, **kwargs)
+    detector.backbone.register_forward_pre_hook(lambda m, x: (nn.functional.dropout(x[0], 0.2, m.training),))
+    return detector
+
+
+def plain_detector():
+    """Without randomness, and without statistics of the images that happen to share a batch."""
+    torch.manual_seed(0)
+    return create_detector("test_atss_dyhead1", class_names=NAMES, norm_eval=True)
 
 
 def run(data, output, detector=None, **overrides):
@@ -257,6 +268,13 @@ def test_a_run_that_died_ends_like_one_that_did_not(data, reference, tmp_path, m
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_leftovers_of_a_kill_are_removed(data, tmp_path):
+    for name in (".state_00000003.pt.tmp", ".last.safetensors.0123abcd.tmp"):
+        (tmp_path / name).write_bytes(b"half of it")
+    run(data, tmp_path, epochs=1)
+    assert not list(tmp_path.glob(".*"))
+
+
 def crash_at(patch, where):
     """Die in a training step, or within the writing of a file, at its n-th occurrence."""
     kind, number = where.split()
@@ -280,7 +298,7 @@ def crash_at(patch, where):
 
 def test_sigkill(data, reference, tmp_path):
     process = spawn(train_and_wait_to_be_killed, data, tmp_path)
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while len(checkpoint.state_files(tmp_path)) < 2 and time.time() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
@@ -395,6 +413,22 @@ def test_resuming_with_other_settings_is_an_error(data, reference):
         run(data, reference, tiny_detector(name="test_atss"), resume=True)
 
 
+def test_a_state_that_lacks_a_newer_setting_resumes(data, reference, tmp_path):
+    state = checkpoint.load_state(checkpoint.state_files(reference)[-1])
+    del state["config"]["flip"], state["data"]["crowd regions"]
+    torch.save(state, tmp_path / "state_00000003.pt")
+    run(data, tmp_path, resume=True)
+    assert_equal_runs(tmp_path, reference)
+
+
+def test_a_state_of_another_run_does_not_overwrite_this_one(data, reference, tmp_path):
+    run(data, tmp_path, epochs=1)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        run(data, tmp_path, resume=checkpoint.state_files(reference)[0])
+    run(data, tmp_path / "new", resume=checkpoint.state_files(reference)[-1])
+    assert_equal_runs(tmp_path / "new", reference)
+
+
 def test_state_of_a_newer_version(data, reference, tmp_path):
     state = torch.load(checkpoint.state_files(reference)[0], weights_only=True)
     torch.save({**state, "version": 99}, tmp_path / "state_00000003.pt")
@@ -461,6 +495,42 @@ def test_a_detector_of_other_classes(data, tmp_path):
         run(data, tmp_path, create_detector("test_atss_dyhead1", num_classes=3))
 
 
+def test_validation_data_are_checked_before_training(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(data, tmp_path / "run", val_images=data["images"], val_annotations="nowhere.json")
+    content = json.loads(data["annotations"].read_text())
+    content["categories"] = [{"id": k + 1, "name": name} for k, name in enumerate("abc")]
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="none of which the detector knows"):
+        run(data, tmp_path / "run", val_images=data["images"], val_annotations=tmp_path / "other.json")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_that_is_not_installed(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"dyhead-zoo\[train\]"):
+        run(data, tmp_path, tensorboard=True)
+
+
+def test_tensorboard(data, tmp_path, monkeypatch):
+    written, module = [], types.ModuleType("torch.utils.tensorboard")
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert (folder, purge_step) == (str(tmp_path / "tensorboard"), 1)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def flush(self):
+            pass
+
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run(data, tmp_path, tensorboard=True, epochs=1)
+    assert [step for name, step in written if name == "train/loss"] == [1, 2, 3]
+
+
 def test_nothing_to_train(data, tmp_path):
     detector = tiny_detector().requires_grad_(False)
     with pytest.raises(ValueError, match="unfreeze"):
@@ -490,10 +560,10 @@ class MeanLoss(nn.Module):
 def test_parts_add_up_to_the_batch(data, tmp_path, monkeypatch):
     monkeypatch.setattr("dyhead_zoo.engine.learner.TrainStep", MeanLoss)
     options = {"epochs": 1, "batch_size": 6, "optimizer": "sgd", "lr": 1e-3, "ema_decay": 0.0}
-    whole, _ = run(data, tmp_path / "whole", tiny_detector(norm_eval=True), **options)
-    parts, result = run(data, tmp_path / "parts", tiny_detector(norm_eval=True), accumulate=3, **options)
+    whole, _ = run(data, tmp_path / "whole", plain_detector(), **options)
+    parts, result = run(data, tmp_path / "parts", plain_detector(), accumulate=3, **options)
     assert result.steps == 1
-    start = tiny_detector(norm_eval=True).state_dict()
+    start = plain_detector().state_dict()
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[key], value, rtol=1e-4, atol=1e-6)
     assert any(not torch.equal(value, start[key]) for key, value in whole.state_dict().items())
@@ -511,10 +581,10 @@ def test_two_processes_train_as_one(data, tmp_path):
     assert [worker.exitcode for worker in workers] == [0, 0]
     first, second = (torch.load(tmp_path / f"weights_{rank}.pt") for rank in range(2))
     assert_equal_weights(first, second)
-    alone, _ = run(data, tmp_path / "alone", tiny_detector(norm_eval=True), **SGD, **validation)
+    alone, _ = run(data, tmp_path / "alone", plain_detector(), **SGD, **validation)
     losses, losses_alone = ([line["loss"] for line in log_of(tmp_path / run)] for run in ("run", "alone"))
     assert losses == pytest.approx(losses_alone, rel=1e-4)
-    start = tiny_detector(norm_eval=True).state_dict()
+    start = plain_detector().state_dict()
     for key, value in alone.state_dict().items():
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-6)
     assert any((value - start[key]).abs().max() > 1e-4 for key, value in alone.state_dict().items())
@@ -528,7 +598,7 @@ def one_of_two(rank, port, data, validation, folder):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    detector, result = run(data, folder / "run", tiny_detector(norm_eval=True), **SGD, **validation)
+    detector, result = run(data, folder / "run", plain_detector(), **SGD, **validation)
     assert "AP" in result.metrics
     torch.save(detector.state_dict(), folder / f"weights_{rank}.pt")
 

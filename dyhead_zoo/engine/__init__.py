@@ -1,0 +1,1 @@
+"""What is done with a detector: training, evaluation, prediction, measurement. Import from the modules."""

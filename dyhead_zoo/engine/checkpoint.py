@@ -73,6 +73,12 @@ def state_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("state_*.pt"), reverse=True)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Delete the temporary files of a run that was killed while it wrote."""
+    for path in directory.glob(".*.tmp"):
+        path.unlink()
+
+
 def load_state(path: Path) -> dict[str, Any]:
     """Read one state file; every record's CRC is checked, which ``torch.load`` does not do.
 

@@ -124,13 +124,16 @@ def train(
             the state file to go on from.
 
     Raises:
-        ValueError: for settings that are unknown, out of range, or other than those of the run to resume.
+        ValueError: for settings that are unknown, out of range, or other than those of the run to resume; for data that
+            do not fit the detector or are not in COCO format.
+        FileNotFoundError: for data or a state that does not exist.
         FileExistsError: if ``output`` holds a run and ``resume`` is False.
         FloatingPointError: if the loss or its gradient is not finite; the states saved before stay.
     """
     config = (config or TrainConfig()).replace(**overrides)
     if val_images is not None and val_annotations is not None:
         validation = Path(val_images), Path(val_annotations)
+        _check_validation(detector, *validation)
     elif val_images is None and val_annotations is None:
         validation = None
     else:
@@ -142,6 +145,16 @@ def train(
         run.open(resume)
         with StopRequest() as stop:
             return run.fit(stop)
+
+
+def _check_validation(detector: Detector, images: Path, annotations: Path) -> None:
+    """Raise now what would otherwise end the run after its first epoch."""
+    names = CocoDataset(images, annotations).label_space.names
+    if not set(names) & set(detector.label_space.names):
+        raise ValueError(
+            f"{annotations} has the classes {', '.join(names[:10])}, none of which the detector knows: "
+            f"it has {', '.join(detector.label_space.names[:10])}"
+        )
 
 
 def _set_protocol(detector: Detector, config: TrainConfig) -> None:
@@ -187,6 +200,7 @@ class _Run:
         if not self.processes.first:
             return
         self.output.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_leftovers(self.output)
         if found:
             _logger.warning("resuming after step %d from %s", self.progress.step, found[0])
             self._remove_later_states()
@@ -200,13 +214,13 @@ class _Run:
     def _find_state(self, resume: bool | str | Path) -> tuple[Path, dict[str, Any]] | None:
         if resume is True:
             return checkpoint.newest_state(self.output)
-        if resume is not False:
-            return Path(resume), checkpoint.load_state(Path(resume))
-        if (self.output / "run.json").exists() or checkpoint.state_files(self.output):
+        path = Path(resume) if resume else None
+        own = path is not None and path.resolve().parent == self.output.resolve()
+        if not own and ((self.output / "run.json").exists() or checkpoint.state_files(self.output)):
             raise FileExistsError(
                 f"{self.output} already holds a run: pass resume=True to go on with it, or another output directory"
             )
-        return None
+        return (path, checkpoint.load_state(path)) if path else None
 
     def _require_same_run(self, path: Path, state: Mapping[str, Any]) -> None:
         """Raise unless the state's run would go on as it began."""

@@ -359,7 +359,7 @@ def check_against(content: dict[str, Any], data: CocoDataset) -> None:
                 torch.testing.assert_close(boxes, torch.stack([box for _, box in rows]).float(), atol=1e-4, rtol=0)
 
 
-@settings(max_examples=150 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_document_is_read_rightly_or_refused_clearly(tmp_path: Path, data: st.DataObject) -> None:
     content: Any = copy.deepcopy(VALID)
@@ -380,7 +380,7 @@ def test_any_document_is_read_rightly_or_refused_clearly(tmp_path: Path, data: s
         found.report.summary().encode()  # can be logged
 
 
-@settings(max_examples=100 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 2000), noise=st.binary(max_size=5))
 def test_damaged_bytes_are_refused_clearly(tmp_path: Path, cut: int, noise: bytes) -> None:
     text = json.dumps(VALID).encode()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ def test_a_batch_larger_than_the_data_set_repeats_images(dataset: CocoDataset) -
 @pytest.mark.parametrize("transform", [SMALL, STANDARD])
 def test_the_number_of_workers_changes_nothing(dataset: CocoDataset, transform: Any) -> None:
     assert_same(train(dataset, transform), train(dataset, transform, num_workers=2))
+
+
+def test_batches_can_be_sent_to_workers_that_do_not_fork(dataset: CocoDataset) -> None:
+    for loader in (make_train_loader(dataset, STANDARD, 4, 5, 0, 16), make_eval_loader(dataset, CFG, 3)):
+        sent = pickle.loads(pickle.dumps(loader.dataset))
+        assert_same([sent[k] for k in range(len(loader))], list(loader))
 
 
 def test_seed_and_epoch_change_order_and_samples(dataset: CocoDataset) -> None:

@@ -437,23 +437,27 @@ class _Reader:
         """xywh to xyxy within the image, or None if nothing is left of it."""
         if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(v) in (int, float) for v in bbox):
             raise self._error(where, f"bbox={bbox!r:.80} must be a list of four numbers: x, y, width, height")
-        where = f"{where}, image id {image.image_id}, bbox={bbox!r:.120}"
         x, y, width, height = map(_to_float, bbox)
-        if not all(map(math.isfinite, (x, y, width, height))):
-            self._repair("box dropped: not finite", where)
-            return None
-        if width <= 0 or height <= 0:
-            self._repair("box dropped: width or height is not positive", where)
-            return None
         box = (x, y, x + width, y + height)
-        limits = (image.width, image.height) * 2
-        clipped = _to_float32([min(max(v, 0.0), limit) for v, limit in zip(box, limits, strict=True)])
-        if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-            self._repair("box dropped: outside the image, or too small for float32", where)
-            return None
-        if max(abs(a - b) for a, b in zip(box, clipped, strict=True)) > CLIP_TOLERANCE:
-            self._repair("box clipped to the image", where)
-        return clipped
+        right, bottom = image.width, image.height
+        clipped = _to_float32((_clip(x, right), _clip(y, bottom), _clip(box[2], right), _clip(box[3], bottom)))
+        fault = None
+        if not all(map(math.isfinite, (x, y, width, height))):
+            fault = "box dropped: not finite"
+        elif width <= 0 or height <= 0:
+            fault = "box dropped: width or height is not positive"
+        elif clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+            fault = "box dropped: outside the image, or too small for float32"
+        elif max(-x, -y, box[2] - right, box[3] - bottom) > CLIP_TOLERANCE:
+            self._repair("box clipped to the image", f"{where}, image id {image.image_id}, bbox={bbox!r:.120}")
+        if fault is None:
+            return clipped
+        self._repair(fault, f"{where}, image id {image.image_id}, bbox={bbox!r:.120}")
+        return None
+
+
+def _clip(value: float, limit: float) -> float:
+    return min(max(value, 0.0), limit)
 
 
 def _encodable(name: str) -> bool:

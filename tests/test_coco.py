@@ -69,6 +69,16 @@ def test_items_are_picture_boxes_labels_without_crowds(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_negative_indices_count_from_the_end(tmp_path: Path) -> None:
+    data = CocoDataset(*small_coco(tmp_path), cache=True)
+    for a, b in zip(data[-1], data[6], strict=True):
+        assert torch.equal(a, b)
+    assert len(list(data)) == 7
+    for index in (7, -8):
+        with pytest.raises(IndexError):
+            data[index]
+
+
 def test_cache_gives_the_same_pictures_without_reading_again(tmp_path: Path) -> None:
     images, annotations = small_coco(tmp_path)
     plain, cached = CocoDataset(images, annotations), CocoDataset(images, annotations, cache=True)

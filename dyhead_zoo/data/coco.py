@@ -188,7 +188,8 @@ class CocoDataset:
         return path
 
     def record(self, index: int) -> ImageRecord:
-        """What the file says of picture ``index``."""
+        """What the file says of picture ``index``; negative indices count from the end."""
+        index = range(len(self))[index]
         rows = slice(self._offsets[index], self._offsets[index + 1])
         boxes, labels, crowd = self._boxes[rows], self._labels[rows], self._crowd[rows]
         single = ~crowd
@@ -203,6 +204,7 @@ class CocoDataset:
         Raises:
             FileNotFoundError, ValueError: if it cannot be read or has not the size that the annotations say.
         """
+        index = range(len(self))[index]
         image = self._cache.get(index) if self._cache is not None else None
         if image is None:
             image = read_image(self.path(index))

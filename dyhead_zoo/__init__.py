@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dyhead_zoo.data.label_space import COCO_80, LabelSpace
     from dyhead_zoo.detector import Detector, TrainStep
     from dyhead_zoo.engine.evaluate import evaluate
+    from dyhead_zoo.engine.config import TrainConfig
     from dyhead_zoo.engine.train import train
     from dyhead_zoo.factory import create_detector
     from dyhead_zoo.pretrained import PretrainedCfg
@@ -39,6 +40,7 @@ _HOME = {
     "TrainStep": "detector",
     "evaluate": "engine.evaluate",
     "train": "engine.train",
+    "TrainConfig": "engine.config",
     "create_detector": "factory",
     "PretrainedCfg": "pretrained",
     "detector_entrypoint": "registry",
@@ -65,6 +67,7 @@ __all__ = [
     "LabelSpace",
     "PretrainedCfg",
     "Target",
+    "TrainConfig",
     "TrainStep",
     "__version__",
     "create_detector",

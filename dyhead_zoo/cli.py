@@ -146,7 +146,7 @@ def _add_predict(verbs: Any) -> argparse.ArgumentParser:
         "inputs",
         nargs="*",
         metavar="IMAGE|FOLDER|GLOB",
-        help="pictures; without any, a photograph that ships with the package",
+        help="pictures; without any, a photograph that ships with matplotlib",
     )
     verb.add_argument(
         "--detector", metavar="NAME", help="default: that of the checkpoint, or the one that ships with the package"
@@ -155,6 +155,9 @@ def _add_predict(verbs: Any) -> argparse.ArgumentParser:
     _add_model_flags(verb)
     verb.add_argument("--score-threshold", type=float, default=0.3, metavar="S", help="default: %(default)s")
     verb.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="default: %(default)s")
+    verb.add_argument(
+        "--attention", action="store_true", help="also draw where DyHead's attentions look, as <name>_attention.jpg"
+    )
     verb.add_argument("--no-draw", dest="draw", action="store_false", help="write predictions.json only")
     verb.set_defaults(run=run_predict)
     return verb
@@ -165,7 +168,7 @@ def run_predict(args: argparse.Namespace) -> int:
     from dyhead_zoo.engine.predict import PREDICTIONS_FILE, find_images, predict_files, sample_photo
 
     if not args.inputs:
-        print("no input given: using the photograph that ships with the package (an astronaut; NASA, public domain)")
+        print("no input given: using the portrait of Grace Hopper that ships with matplotlib (US Navy, public domain)")
     files = find_images(args.inputs or [sample_photo()])  # a wrong path is told before weights are loaded
     detector = _load_detector(args.detector, args)
     result = predict_files(
@@ -175,6 +178,7 @@ def run_predict(args: argparse.Namespace) -> int:
         score_threshold=args.score_threshold,
         batch_size=args.batch_size,
         draw=args.draw,
+        attention=args.attention,
         progress=sys.stderr.isatty(),
     )
     names = {category["id"]: category["name"] for category in result.categories}
@@ -288,10 +292,13 @@ def run_train(args: argparse.Namespace) -> int:
     """Train one detector; 1 if it was stopped before its last epoch."""
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
 
+    import torch
+
     from dyhead_zoo import LabelSpace, create_detector, train
     from dyhead_zoo.engine.evaluate import read_annotations
 
     _check_device(config.device)
+    torch.manual_seed(config.seed)  # of the fresh weights
     labels = LabelSpace.from_categories(read_annotations(args.annotations)["categories"])
     detector = create_detector(
         args.name,
@@ -380,19 +387,17 @@ def _load_detector(name: str | None, args: argparse.Namespace) -> Detector:
     """
     import torch
 
-    from dyhead_zoo import DEFAULT_DETECTOR, LabelSpace, create_detector
-    from dyhead_zoo.weights import read_state_dict
+    from dyhead_zoo import DEFAULT_DETECTOR, create_detector
+    from dyhead_zoo.factory import saved_config
 
     _check_device(args.device)
-    metadata = read_state_dict(args.checkpoint)[1] if args.checkpoint else {}
-    config = json.loads(metadata["config"]) if {"config", "label_space"} <= metadata.keys() else {}
-    name = name or config.get("name", DEFAULT_DETECTOR)
-    arguments = dict(config["arch"]) if config.get("name") == name.partition(".")[0] else {}
-    if args.class_names or args.num_classes:
-        arguments.update(class_names=args.class_names, num_classes=args.num_classes)
-    elif "label_space" in metadata:
-        arguments["class_names"] = LabelSpace.from_dict(json.loads(metadata["label_space"]))
-    detector = create_detector(name, pretrained=args.checkpoint is None, checkpoint=args.checkpoint, **arguments)
+    classes = {"class_names": args.class_names, "num_classes": args.num_classes}
+    saved = saved_config(args.checkpoint) if args.checkpoint else None
+    if saved and name in (None, saved["name"]):
+        detector = create_detector(f"local-dir:{args.checkpoint}", **classes)
+    else:
+        pretrained = args.checkpoint is None
+        detector = create_detector(name or DEFAULT_DETECTOR, pretrained, checkpoint=args.checkpoint, **classes)
     return detector.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

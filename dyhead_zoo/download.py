@@ -21,13 +21,13 @@ from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
-from dyhead_zoo.pretrained import PretrainedCfg
+from dyhead_zoo.pretrained import BUNDLED, PretrainedCfg
 from dyhead_zoo.version import __version__
 
 HUB_FILE = "model.safetensors"
 """Name of the weight file in a Hub repository."""
 
-_BUNDLED = Path(__file__).parent / "bundled"
+
 _TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 1 << 20
 _OFFLINE_VARIABLES = ("DYHEAD_ZOO_OFFLINE", "HF_HUB_OFFLINE")
@@ -102,7 +102,7 @@ def fetch(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path:
 def _local_file(name: str, sha256: str | None) -> Path:
     if not Path(name).is_absolute() and Path(name).name != name:
         raise ValueError(f"file={name!r}: expected the name of a bundled file or an absolute path")
-    path = _BUNDLED / name
+    path = BUNDLED / name
     if not path.is_file():
         raise FileNotFoundError(f"weight file {path} does not exist; is the installation complete?")
     if problem := _hash_problem(path, sha256):

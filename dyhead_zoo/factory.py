@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from dyhead_zoo.detector import FORMAT_VERSION, Detector
 from dyhead_zoo.layers.backbone import Backbone, backbone_data_config, resolve_backbone_name
 from dyhead_zoo.layers.fpn import Neck
 from dyhead_zoo.pretrained import PretrainedCfg
-from dyhead_zoo.weights import fetch, load_checkpoint
+from dyhead_zoo.weights import LoadReport, fetch, load_checkpoint, read_state_dict
+
+_logger = logging.getLogger(__name__)
 
 _RESERVED = {"self", "name", "in_channels", "in_strides", "num_classes", "pretrained", "pad_divisor"}
 _FREE = {
@@ -44,8 +47,8 @@ def create_detector(
 
     Args:
         name: a registered name with an optional tag (``atss_resnet50_dyhead6.official_1x_coco``), a grammar name
-            (``atss_<any timm backbone>_dyhead<N>``), or ``local-dir:<folder>`` with ``config.json`` and
-            ``model.safetensors``.
+            (``atss_<any timm backbone>_dyhead<N>``), or ``local-dir:<path>``: a folder with ``config.json`` and
+            ``model.safetensors``, or a weight file that ``train`` wrote.
         pretrained: load the tag's weights: bundled, from the cache, or downloaded and verified.
         num_classes: rows of the classifier; the classes stay unnamed unless they are the weights' own.
         class_names: names of the classes, in the order of the labels. Rows of classes that the weights name too are
@@ -54,7 +57,8 @@ def create_detector(
         in_chans: channels of the images.
         pretrained_backbone: ImageNet weights for the backbone: ``True`` downloads timm's; a file or state dict in
             timm's layout works offline. Not used when detector weights are loaded.
-        checkpoint: detector weights of your own, see ``load_checkpoint``.
+        checkpoint: detector weights of your own, see ``load_checkpoint``. A file that names its classes decides the
+            classes, unless ``num_classes`` or ``class_names`` does.
         cache_dir: where downloads are kept; default ``$DYHEAD_ZOO_CACHE`` or ``~/.cache/dyhead_zoo``.
         **kwargs: arguments of the backbone, neck or head, such as ``coarse_offsets='aligned'`` or ``frozen_stages=1``.
 
@@ -72,7 +76,7 @@ def create_detector(
         user["in_chans"] = in_chans
     scheme, _, rest = name.partition(":")
     if scheme == "local-dir":
-        return _from_folder(Path(rest), user)
+        return _from_saved(Path(rest), user)
     if "/" in name or "\\" in name or ":" in name:
         raise registry.UnknownDetectorError(f"{name!r} is no detector name; for a folder use 'local-dir:{name}'")
     arch, tag = registry.split_name(name)
@@ -90,28 +94,55 @@ def create_detector(
     return family(arch, pretrained, user, backbone=backbone_name, dyhead=dyhead, fpn_norm=True)
 
 
-def _from_folder(folder: Path, user: dict[str, Any]) -> Detector:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: 'local-dir:' needs a folder with config.json and model.safetensors"
-        )
+def saved_config(path: str | Path) -> dict[str, Any] | None:
+    """The record (``Detector.config()``) of a saved detector: a folder's ``config.json``, or a weight file's header.
+
+    Returns:
+        None for a weight file without such a record.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``path``, or no ``config.json`` in the folder.
+        ValueError: for a record that is damaged, or of a newer format.
+    """
+    path = Path(path)
     try:
-        config = json.loads(path.read_text())
-        version, arch = config["format_version"], dict(config["arch"])
-        cfg = PretrainedCfg.from_dict(config["pretrained_cfg"])
+        if path.is_dir():
+            config = json.loads((path / "config.json").read_text())
+        else:
+            header = read_state_dict(path)[1]
+            if path.suffix != ".safetensors" or "config" not in header:
+                return None  # other tools' metadata have a "config" too
+            config = json.loads(header["config"])
+        version, _ = config["format_version"], dict(config["arch"])
+        PretrainedCfg.from_dict(config["pretrained_cfg"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: expected a folder with config.json and model.safetensors, or a weight file ({error})"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a dyhead_zoo config: {error!r}") from error
+        raise ValueError(f"{path} holds no detector that dyhead_zoo saved: {error!r}") from error
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format {version}, this dyhead_zoo reads up to {FORMAT_VERSION}: upgrade dyhead_zoo"
         )
-    cfg = cfg.replace(file=str((folder / "model.safetensors").resolve()), source="native", arch={})
-    name = str(config["name"])
+    return dict(config)
+
+
+def _from_saved(path: Path, user: dict[str, Any]) -> Detector:
+    config = saved_config(path)
+    if config is None:
+        raise ValueError(
+            f"{path} does not say which detector it belongs to: use create_detector(NAME, checkpoint={str(path)!r})"
+        )
+    weights = path / "model.safetensors" if path.is_dir() else path
+    cfg = PretrainedCfg.from_dict(config["pretrained_cfg"]).replace(
+        file=str(weights.resolve()), source="native", sha256=None, hash_prefix=None, arch=config["arch"]
+    )
+    name = config["name"]
     if registry.is_detector(name):
-        return registry.detector_entrypoint(name)(True, **{**arch, **user, "pretrained_cfg": cfg})
-    family, _, _ = registry.parse_grammar(name)
-    return family(name, True, {"pretrained_cfg": cfg, **user}, **arch)
+        return registry.detector_entrypoint(name)(True, **{**user, "pretrained_cfg": cfg})
+    family, backbone, dyhead = registry.parse_grammar(name)
+    return family(name, True, {**user, "pretrained_cfg": cfg}, backbone=backbone, dyhead=dyhead)
 
 
 def build_detector(
@@ -132,12 +163,16 @@ def build_detector(
         cfg = registry.get_pretrained_cfg(name)
     cache_dir, checkpoint = user.pop("cache_dir", None), user.pop("checkpoint", None)
     pretrained_backbone = user.pop("pretrained_backbone", False)
-    labels = _label_space(user.pop("num_classes", None), user.pop("class_names", None), cfg)
+    num_classes, class_names = user.pop("num_classes", None), user.pop("class_names", None)
+    if num_classes is None and class_names is None and isinstance(checkpoint, (str, Path)):
+        saved = saved_config(checkpoint)
+        class_names = PretrainedCfg.from_dict(saved["pretrained_cfg"]).label_space if saved else None
+    labels = _label_space(num_classes, class_names, cfg)
     if pretrained:
         _check_pretrained(name, cfg, user, defaults)
     options = {**defaults, **(cfg.arch if cfg else {}), **user}
     backbone_name = options["backbone"]
-    if cfg is None or backbone_name != defaults["backbone"]:
+    if cfg is None or user.get("backbone", defaults["backbone"]) != defaults["backbone"]:
         cfg = (cfg or PretrainedCfg()).replace(**backbone_data_config(backbone_name))
     weights_cfg, cfg = cfg, cfg.with_labels(labels)
 
@@ -154,12 +189,16 @@ def build_detector(
     head = head_cls(neck.channels, neck.strides, len(labels), pad_divisor=cfg.pad_divisor, **parts[head_cls])
     detector = Detector(backbone, neck, head, name=name, arch=options, pretrained_cfg=cfg, in_chans=in_chans)
     if pretrained:
-        load_checkpoint(
-            detector, fetch(weights_cfg, cache_dir), weights_cfg.source, label_space=weights_cfg.label_space
-        )
+        path = fetch(weights_cfg, cache_dir)
+        _report(load_checkpoint(detector, path, weights_cfg.source, label_space=weights_cfg.label_space))
     if checkpoint is not None:
-        load_checkpoint(detector, checkpoint)
+        _report(load_checkpoint(detector, checkpoint))
     return detector.eval()
+
+
+def _report(report: LoadReport) -> None:
+    if report.fresh_classes:
+        _logger.warning("%s", report.summary())
 
 
 def _check_pretrained(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dyhead_zoo.data.label_space import COCO_80, LabelSpace
+
+BUNDLED = Path(__file__).parent / "bundled"
+"""Folder of the weights that ship with the package."""
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -105,3 +110,12 @@ class PretrainedCfg:
             )
         fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
         return cls(**fields)
+
+
+def bundled_record(name: str) -> dict[str, Any]:
+    """``file``, ``sha256``, ``measured`` and ``measured_on`` of weights that ship with the package.
+
+    They stand in ``<name.tag>.json`` beside the weights; both files are written by ``hub/bundle.py``, never by hand.
+    """
+    record: dict[str, Any] = json.loads((BUNDLED / f"{name}.json").read_text())
+    return record

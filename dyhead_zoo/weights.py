@@ -208,7 +208,10 @@ def write_safetensors(
     }
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors would leave 0600
         save_file(copies, temporary, metadata=header)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

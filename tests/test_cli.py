@@ -214,7 +214,7 @@ def test_predict_without_input_takes_the_photo_and_says_so(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["predict", "--checkpoint", str(weights), "--output", str(tmp_path), "--no-draw"]) == 0
-    assert "photograph that ships with the package" in capsys.readouterr().out
+    assert "ships with matplotlib" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["predictions.json"]
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from dyhead_zoo import COCO_80, create_detector, get_pretrained_cfg
+from dyhead_zoo.engine.checkpoint import write_weights
 from dyhead_zoo.layers.dyhead import DyHead
 from dyhead_zoo.weights import write_safetensors
 
@@ -123,8 +124,31 @@ def test_a_saved_folder_comes_back(tmp_path):
 
 
 def test_a_wrong_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"expected a folder with config\.json"):
         create_detector(f"local-dir:{tmp_path}")
+    with pytest.raises(FileNotFoundError, match="nowhere: expected a folder"):
+        create_detector(f"local-dir:{tmp_path / 'nowhere'}")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a dyhead_zoo config"):
+    with pytest.raises(ValueError, match="holds no detector that dyhead_zoo saved"):
         create_detector(f"local-dir:{tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps(create_detector("test_atss").config() | {"format_version": 99}))
+    with pytest.raises(ValueError, match="has format 99, this dyhead_zoo reads up to 1"):
+        create_detector(f"local-dir:{tmp_path}")
+
+
+def test_a_weight_file_brings_its_detector_and_its_classes(tmp_path):
+    source = create_detector("test_atss_dyhead1", class_names=["kiwi", "person"], anchor_offset=0.5)
+    path = tmp_path / "best.safetensors"
+    write_weights(path, source, {})
+    whole = create_detector(f"local-dir:{path}")
+    assert whole.label_space == source.label_space and whole.head.anchors.offset == 0.5
+    named = create_detector("test_atss_dyhead1", checkpoint=path)
+    assert named.label_space == source.label_space
+    for loaded in (whole, named):
+        assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in source.state_dict().items())
+    mine = create_detector(f"local-dir:{path}", class_names=["person", "plum"])
+    assert torch.equal(mine.head.cls_logits.weight[0], source.head.cls_logits.weight[1])  # by name
+    bare = tmp_path / "bare.safetensors"
+    write_safetensors(bare, source.state_dict(), {})
+    with pytest.raises(ValueError, match="does not say which detector"):
+        create_detector(f"local-dir:{bare}")

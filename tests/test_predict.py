@@ -27,7 +27,8 @@ class HalfDetector:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def predict(self, images: list[torch.Tensor], *, score_threshold: float) -> list[Detections]:
+    def predict(self, images: list[torch.Tensor], *, score_threshold: float, batch_size: int) -> list[Detections]:
+        assert len(images) <= batch_size
         self.batches.append(len(images))
         return [self._halves(*image.shape[-2:]).above(score_threshold) for image in images]
 
@@ -80,7 +81,7 @@ def test_inputs_that_lead_nowhere_are_named(tmp_path: Path) -> None:
 
 def test_the_sample_photo_is_a_picture() -> None:
     with Image.open(sample_photo()) as image:
-        assert image.size == (512, 512) and image.mode == "RGB"
+        assert image.size == (512, 600) and image.mode == "RGB"
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------

@@ -53,6 +53,13 @@ class Payload:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    path, usual = tmp_path / "weights.safetensors", tmp_path / "usual"
+    usual.touch()
+    write_safetensors(path, {"a": torch.zeros(1)})
+    assert path.stat().st_mode == usual.stat().st_mode
+
+
 def test_safetensors_round_trip_with_metadata(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     transposed = torch.arange(6.0).reshape(2, 3).T

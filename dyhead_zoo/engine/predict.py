@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,7 @@ def predict_files(
     score_threshold: float = 0.3,
     batch_size: int = 1,
     draw: bool = True,
+    attention: bool = False,
     progress: bool = True,
 ) -> PredictedFiles:
     """Detect objects in picture files and write the results to a folder.
@@ -80,6 +81,7 @@ def predict_files(
         score_threshold: detections below are neither written nor drawn.
         batch_size: pictures per step.
         draw: write annotated pictures.
+        attention: beside each of them, ``<name>_attention.jpg``: see ``draw_attention``.
         progress: show a progress bar.
 
     Raises:
@@ -87,6 +89,8 @@ def predict_files(
         ValueError: if ``output`` is a file, or an annotated picture would overwrite an input.
     """
     from tqdm.auto import tqdm
+
+    from dyhead_zoo.engine.attention import draw_attention
 
     files = find_images(inputs)
     output = Path(output)
@@ -101,12 +105,15 @@ def predict_files(
         for start in range(0, len(files), batch_size):
             chunk = files[start : start + batch_size]
             images = _read_images(chunk, result.failed)
-            found = detector.predict(list(images.values()), score_threshold=score_threshold) if images else []
+            found = detector.predict(list(images.values()), score_threshold=score_threshold, batch_size=batch_size)
             for (path, image), detections in zip(images.items(), found, strict=True):
                 picture = pictures.get(path)
                 _add(result, path, image, detections, picture, detector)
                 if picture is not None:
                     _draw(image, detections, labels.names, output / picture)
+                    if attention:
+                        seen = draw_attention(detector, image)
+                        _save(seen, (output / picture).with_stem(f"{Path(picture).stem}_attention"))
             bar.update(len(chunk))
     write_text(output / PREDICTIONS_FILE, result.to_json())
     return result
@@ -139,12 +146,20 @@ def find_images(inputs: str | Path | Iterable[str | Path]) -> list[Path]:
 
 
 def sample_photo() -> Path:
-    """A photograph that ships with the package, to try a detector on without any file at hand.
+    """A photograph to try a detector on without any file at hand: matplotlib's sample, a portrait of Grace Hopper.
 
-    It shows the astronaut Eileen Collins; by NASA, in the public domain (https://flic.kr/p/r9qvLn, as cropped in
-    scikit-image's sample data).
+    The portrait is by the US Navy, in the public domain.
+
+    Raises:
+        FileNotFoundError: if matplotlib, which the extra ``demo`` installs, is not there.
     """
-    return Path(str(resources.files("dyhead_zoo") / "bundled" / "astronaut.jpg"))
+    spec = importlib.util.find_spec("matplotlib")  # found without being imported
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "the sample photograph comes with matplotlib, which is not installed: name a picture, or install the extra "
+            "with pip install 'dyhead-zoo[demo]'"
+        )
+    return Path(spec.origin).parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"
 
 
 def _pictures_only(paths: Iterable[Path]) -> list[Path]:
@@ -200,5 +215,9 @@ def _add(
 
 def _draw(image: Tensor, detections: Detections, names: Sequence[str], path: Path) -> None:
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    # full chroma resolution: thin coloured lines would fade otherwise
-    draw_detections(picture, detections, names).save(path, quality=92, subsampling=0)
+    _save(draw_detections(picture, detections, names), path)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    """As JPEG with full chroma resolution: thin coloured lines would fade otherwise."""
+    picture.save(path, quality=92, subsampling=0)

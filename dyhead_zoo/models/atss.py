@@ -21,7 +21,7 @@ from dyhead_zoo.layers.losses import giou_loss, mean_over_ranks, sigmoid_focal_l
 from dyhead_zoo.layers.postprocess import by_place, dense_detections
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
 from dyhead_zoo.ops.boxes import centerness
-from dyhead_zoo.pretrained import PretrainedCfg
+from dyhead_zoo.pretrained import PretrainedCfg, bundled_record
 from dyhead_zoo.registry import register_detector, register_family
 from dyhead_zoo.structures import DetectionTensors, Target
 from dyhead_zoo.weights import ClassRows
@@ -308,7 +308,11 @@ cfgs = {
         arch={**_OFFICIAL_ARCH, "drop_path": 0.2, "extra_relu": False, "rank_by_product": False},
         reported={"AP": 56.2},
     ),
-    "atss_lite0_dyhead2": _LITE,
+    "atss_lite0_dyhead2.coco2148": _LITE.replace(
+        **bundled_record("atss_lite0_dyhead2.coco2148"),
+        description="Trained from ImageNet weights on 2,148 COCO photos of at most 384 px, on two CPU cores: for trying "
+        "things out and to fine-tune from, not for accuracy.",
+    ),
     "atss_lite2_dyhead3": _LITE,
     "test_atss": _SMALL,
     "test_atss_dyhead1": _SMALL,

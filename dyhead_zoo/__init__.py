@@ -13,8 +13,8 @@ from dyhead_zoo.version import __version__
 if TYPE_CHECKING:
     from dyhead_zoo.data.label_space import COCO_80, LabelSpace
     from dyhead_zoo.detector import Detector, TrainStep
-    from dyhead_zoo.engine.evaluate import evaluate
     from dyhead_zoo.engine.config import TrainConfig
+    from dyhead_zoo.engine.evaluate import evaluate
     from dyhead_zoo.engine.train import train
     from dyhead_zoo.factory import create_detector
     from dyhead_zoo.pretrained import PretrainedCfg

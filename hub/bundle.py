@@ -6,7 +6,7 @@
 Run it from the root of the checkout.
 
 Writes ``dyhead_zoo/bundled/<name.tag>.safetensors`` and ``.json`` (hash and figures, which the package reads), and
-``hub/<name.tag>/`` with the full evaluation, the recipe and the training log. Figures are measured on the file that ships.
+``hub/<name.tag>/`` with the full evaluation, the recipe and the training log. Figures are those of the file that ships.
 """
 
 from __future__ import annotations

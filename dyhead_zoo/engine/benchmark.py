@@ -2,8 +2,8 @@
 
 Everything is measured in one process on one thread, in CPU time of that thread (``time.thread_time``), which does not
 count what other processes take. The two of a pair take turns, alone (a third that uses much memory would change what
-the caches hold), and a row gives the median and the quartiles of the ratios within the turns. The yardstick is the dense
-3x3 convolution of the same shape (``F.conv2d``, float32, channels_last): it makes the same multiply-adds near the
+the caches hold), and a row gives the median and the quartiles of the ratios within the turns. The yardstick is the
+dense 3x3 convolution of the same shape (``F.conv2d``, float32, channels_last): it makes the same multiply-adds near the
 machine's peak, so it is a floor.
 """
 

@@ -310,7 +310,7 @@ cfgs = {
     ),
     "atss_lite0_dyhead2.coco2148": _LITE.replace(
         **bundled_record("atss_lite0_dyhead2.coco2148"),
-        description="Trained from ImageNet weights on 2,148 COCO photos of at most 384 px, on two CPU cores: for trying "
+        description="Trained from ImageNet weights on 2,148 COCO photos of at most 384 px, on two CPU cores: to try "
         "things out and to fine-tune from, not for accuracy.",
     ),
     "atss_lite2_dyhead3": _LITE,

@@ -153,7 +153,7 @@ def _add_predict(verbs: Any) -> argparse.ArgumentParser:
     )
     verb.add_argument("--output", type=Path, default=Path("runs/predict"), metavar="DIR", help="default: %(default)s")
     _add_model_flags(verb)
-    verb.add_argument("--score-threshold", type=float, default=0.3, metavar="S", help="default: %(default)s")
+    verb.add_argument("--score-threshold", type=probability, default=0.3, metavar="S", help="default: %(default)s")
     verb.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="default: %(default)s")
     verb.add_argument(
         "--attention", action="store_true", help="also draw where DyHead's attentions look, as <name>_attention.jpg"
@@ -275,6 +275,7 @@ def _add_train(verbs: Any) -> argparse.ArgumentParser:
     verb.add_argument(
         "--model-args",
         nargs="+",
+        action="extend",
         type=_key_value,
         default=[],
         metavar="KEY=VALUE",
@@ -423,6 +424,13 @@ def positive_int(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return int(text)
+
+
+def probability(text: str) -> float:
+    """A score on the command line; argparse shows this function's name for what is no number."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
+    return float(text)
 
 
 def _names(text: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -200,9 +201,7 @@ class Detector(nn.Module):
 
         inputs = list(images) if isinstance(images, (list, tuple)) else [images]
         results: list[Detections] = [None] * len(inputs)  # type: ignore[list-item]
-        training = self.training
-        self.eval()
-        try:
+        with eval_mode(self):
             for indices, batch in prepare_images([read_image(x) for x in inputs], self.pretrained_cfg, batch_size):
                 sizes = batch.image_sizes.to(self.device)
                 found = self.decode(self(batch.images.to(self.device), sizes))
@@ -210,9 +209,19 @@ class Detector(nn.Module):
                     detections = Detections(detections.boxes.cpu(), detections.scores.cpu(), detections.labels.cpu())
                     source, target = (tuple(s[k].tolist()) for s in (batch.image_sizes, batch.original_sizes))
                     results[index] = detections.above(score_threshold).rescale(source, target)
-        finally:
-            self.train(training)
         return results
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode within the block; every submodule's own mode comes back afterwards (frozen norms stay in eval)."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 class TrainStep(nn.Module):

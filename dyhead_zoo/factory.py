@@ -18,12 +18,14 @@ from dyhead_zoo.detector import FORMAT_VERSION, Detector
 from dyhead_zoo.layers.backbone import Backbone, backbone_data_config, resolve_backbone_name
 from dyhead_zoo.layers.fpn import Neck
 from dyhead_zoo.pretrained import PretrainedCfg
-from dyhead_zoo.weights import LoadReport, fetch, load_checkpoint, read_state_dict
+from dyhead_zoo.weights import CheckpointError, LoadReport, fetch, load_checkpoint, read_state_dict
 
 _logger = logging.getLogger(__name__)
 
-_RESERVED = {"self", "name", "in_channels", "in_strides", "num_classes", "pretrained", "pad_divisor"}
+_RESERVED = {"pretrained", "pad_divisor"}
+"""Keyword arguments of the parts that do not go by the same name, or not from the user."""
 _FREE = {
+    *("zero_init_offset", "image_size"),  # of initialisation, and of the canvas
     *("frozen_stages", "norm_eval", "freeze_norm", "drop_path", "full_precision"),  # of training
     *("score_threshold", "pre_nms", "nms_threshold", "max_detections"),  # of decoding
 }
@@ -102,6 +104,7 @@ def saved_config(path: str | Path) -> dict[str, Any] | None:
 
     Raises:
         FileNotFoundError: if there is nothing at ``path``, or no ``config.json`` in the folder.
+        CheckpointError: for a damaged weight file.
         ValueError: for a record that is damaged, or of a newer format.
     """
     path = Path(path)
@@ -109,9 +112,11 @@ def saved_config(path: str | Path) -> dict[str, Any] | None:
         if path.is_dir():
             config = json.loads((path / "config.json").read_text())
         else:
-            header = read_state_dict(path)[1]
-            if path.suffix != ".safetensors" or "config" not in header:
+            if path.is_file() and path.suffix != ".safetensors":
                 return None  # other tools' metadata have a "config" too
+            header = read_state_dict(path)[1]
+            if "config" not in header:
+                return None
             config = json.loads(header["config"])
         version, _ = config["format_version"], dict(config["arch"])
         PretrainedCfg.from_dict(config["pretrained_cfg"])
@@ -119,6 +124,8 @@ def saved_config(path: str | Path) -> dict[str, Any] | None:
         raise FileNotFoundError(
             f"{path}: expected a folder with config.json and model.safetensors, or a weight file ({error})"
         ) from error
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no detector that dyhead_zoo saved: {error!r}") from error
     if version > FORMAT_VERSION:
@@ -164,12 +171,12 @@ def build_detector(
     cache_dir, checkpoint = user.pop("cache_dir", None), user.pop("checkpoint", None)
     pretrained_backbone = user.pop("pretrained_backbone", False)
     num_classes, class_names = user.pop("num_classes", None), user.pop("class_names", None)
-    if num_classes is None and class_names is None and isinstance(checkpoint, (str, Path)):
-        saved = saved_config(checkpoint)
-        class_names = PretrainedCfg.from_dict(saved["pretrained_cfg"]).label_space if saved else None
+    saved = saved_config(checkpoint) if isinstance(checkpoint, (str, Path)) else None
+    if num_classes is None and class_names is None and saved:
+        class_names = PretrainedCfg.from_dict(saved["pretrained_cfg"]).label_space
     labels = _label_space(num_classes, class_names, cfg)
     if pretrained:
-        _check_pretrained(name, cfg, user, defaults)
+        _check_pretrained(name, cfg, user, {**_settings(Backbone, Neck, head_cls), **defaults})
     options = {**defaults, **(cfg.arch if cfg else {}), **user}
     backbone_name = options["backbone"]
     if cfg is None or user.get("backbone", defaults["backbone"]) != defaults["backbone"]:
@@ -185,6 +192,9 @@ def build_detector(
         pretrained=False if loads_detector else pretrained_backbone,
         **parts[Backbone],
     )
+    if backbone.image_size is not None and max(cfg.short_side, cfg.long_side) > min(backbone.image_size):
+        side = min(backbone.image_size) // cfg.pad_divisor * cfg.pad_divisor  # every image fits, upright or not
+        cfg = cfg.replace(short_side=side, long_side=side)
     neck = Neck(backbone.channels, backbone.strides, **parts[Neck])
     head = head_cls(neck.channels, neck.strides, len(labels), pad_divisor=cfg.pad_divisor, **parts[head_cls])
     detector = Detector(backbone, neck, head, name=name, arch=options, pretrained_cfg=cfg, in_chans=in_chans)
@@ -193,6 +203,9 @@ def build_detector(
         _report(load_checkpoint(detector, path, weights_cfg.source, label_space=weights_cfg.label_space))
     if checkpoint is not None:
         _report(load_checkpoint(detector, checkpoint))
+    if saved:
+        base = _settings(Backbone, Neck, head_cls)
+        _check_record(str(checkpoint), {**base, **saved["arch"]}, {**base, **options}, user)
     return detector.eval()
 
 
@@ -210,18 +223,32 @@ def _check_pretrained(
             "list_pretrained()"
         )
     needed = {**defaults, **cfg.arch}
-    for key in set(user) & set(needed) - _FREE:
-        same = user[key] == needed[key]
-        if key == "backbone":
-            same = (
-                resolve_backbone_name(user[key]).partition(".")[0]
-                == resolve_backbone_name(needed[key]).partition(".")[0]
-            )
-        if not same:
+    for key in user:
+        if key in needed and not _agree(key, user[key], needed[key]):
             raise ValueError(
                 f"{key}={user[key]!r} contradicts the weights of {name}, which need {key}={needed[key]!r}: "
                 "leave it out, or use pretrained=False"
             )
+
+
+def _check_record(path: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
+    """Refuse weights that fit by their shapes but were made for another setting, unless the user asked for ours."""
+    for key in sorted(set(theirs) & set(ours) - set(explicit)):
+        if not _agree(key, ours[key], theirs[key]):
+            raise ValueError(
+                f"{path} was trained with {key}={theirs[key]!r}, this detector has {key}={ours[key]!r}: "
+                f"pass {key}= to say which is meant, or take the file's own settings by 'local-dir:{path}'"
+            )
+
+
+def _agree(key: str, given: Any, needed: Any) -> bool:
+    """Whether weights made with one value of an argument work with the other; None leaves the choice to the part."""
+    if key in _FREE or needed is None:
+        return True
+    if key == "backbone":
+        given, needed = (resolve_backbone_name(name).partition(".")[0] for name in (given, needed))
+    given, needed = (list(value) if isinstance(value, tuple) else value for value in (given, needed))
+    return bool(given == needed)
 
 
 def _label_space(
@@ -240,15 +267,25 @@ def _label_space(
 
 def _route(options: Mapping[str, Any], *parts: type) -> dict[type, dict[str, Any]]:
     """Give each option to the part whose constructor names it."""
-    known = {part: set(inspect.signature(part).parameters) - _RESERVED for part in parts}
+    known = {part: _settings(part) for part in parts}
     routed: dict[type, dict[str, Any]] = {part: {} for part in parts}
     for key, value in options.items():
         owners = [part for part in parts if key in known[part]]
         if not owners:
             every = sorted(set().union(*known.values()))
-            close = difflib.get_close_matches(key, every, n=1)
+            close = difflib.get_close_matches(key, [*every, *inspect.signature(create_detector).parameters], n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(f"no part of the detector knows the argument {key!r}: {hint}Known: {', '.join(every)}")
         for part in owners:
             routed[part][key] = value
     return routed
+
+
+def _settings(*parts: type) -> dict[str, Any]:
+    """The arguments that users may give to some parts (those by keyword only), with their defaults."""
+    return {
+        key: parameter.default
+        for part in parts
+        for key, parameter in inspect.signature(part).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and key not in _RESERVED
+    }

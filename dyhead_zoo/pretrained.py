@@ -34,7 +34,8 @@ class PretrainedCfg:
             pass ``long_side``. ``rounding``: ``half_up`` (mmdet, detectron2) or ``floor`` (torchvision).
         pad_divisor: the canvas is rounded up to a multiple of it.
         arch: arguments of the architecture that the weights need; they apply whenever the tag is selected.
-        reported: figures that somebody else states, with ``reported_by``; ``measured``: ours, with ``measured_on``.
+        reported: figures that somebody else states, in percent, with ``reported_by``; ``measured``: ours, in 0..1 as
+            ``evaluate`` gives them, with ``measured_on``.
     """
 
     # weights

@@ -163,7 +163,7 @@ def test_info_shows_size_and_labels(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_says_whose_a_figure_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = {"reported": {"AP": 43.3}, "reported_by": "its authors", "url": "https://example.org/w.pth"}
-    cfg = registry.get_pretrained_cfg(TINY).replace(**theirs, measured={"AP": 43.1}, measured_on="val2017")
+    cfg = registry.get_pretrained_cfg(TINY).replace(**theirs, measured={"AP": 0.431}, measured_on="val2017")
     monkeypatch.setitem(atss.cfgs, TINY, cfg)
     rows = info(capsys, TINY)
     assert rows["reported"] == "AP 43.3 (by its authors)" and rows["measured"] == "AP 43.1 (on val2017)"

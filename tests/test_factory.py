@@ -58,6 +58,7 @@ def test_classes_by_number_or_name():
         ({"frozen_stages": 9}, "has stages 0..4"),
         ({"backbone": "test_efficientnet", "caffe": True}, "has none"),
         ({"pretrained": True}, "test_atss has no published weights"),
+        ({"pretrainde": True}, "did you mean 'pretrained'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
@@ -79,6 +80,30 @@ def test_arguments_that_contradict_the_weights_are_refused():
         create_detector("atss_resnet50_dyhead6", pretrained=True, coarse_offsets="aligned")
     with pytest.raises(ValueError, match=r"backbone='resnet18' contradicts"):
         create_detector("atss_resnet50_dyhead6", pretrained=True, backbone="resnet18")
+    with pytest.raises(ValueError, match=r"extra_relu=True contradicts the weights .* need extra_relu=False"):
+        create_detector("atss_resnet50_dyhead6", pretrained=True, extra_relu=True)  # a default that the tag leaves
+
+
+def test_strides_reach_the_backbone():
+    detector = create_detector("test_atss", strides=(4, 8, 16, 32))
+    assert [x.shape[-1] for x in detector(IMAGES).cls_logits] == [24, 12, 6, 3, 2, 1]
+
+
+def test_a_checkpoint_of_other_settings_is_refused_unless_they_are_given(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    write_weights(path, create_detector("test_atss_dyhead1", coarse_offsets="reinterpret"), {})
+    with pytest.raises(ValueError, match=r"trained with coarse_offsets='reinterpret', this detector has .*'aligned'"):
+        create_detector("test_atss_dyhead1", checkpoint=path)
+    create_detector("test_atss_dyhead1", checkpoint=path, coarse_offsets="aligned")
+    assert create_detector(f"local-dir:{path}").neck.dyhead.blocks[0].spatial.coarse_offsets == "reinterpret"
+
+
+def test_a_damaged_weight_file_is_called_damaged(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    write_weights(path, create_detector("test_atss"), {})
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"^\S+mine.safetensors: damaged or truncated"):
+        create_detector("test_atss", checkpoint=path)
 
 
 def test_pretrained_loads_a_file_and_no_backbone_weights(tmp_path, monkeypatch):
@@ -142,7 +167,7 @@ def test_a_weight_file_brings_its_detector_and_its_classes(tmp_path):
     write_weights(path, source, {})
     whole = create_detector(f"local-dir:{path}")
     assert whole.label_space == source.label_space and whole.head.anchors.offset == 0.5
-    named = create_detector("test_atss_dyhead1", checkpoint=path)
+    named = create_detector("test_atss_dyhead1", checkpoint=path, anchor_offset=0.5)
     assert named.label_space == source.label_space
     for loaded in (whole, named):
         assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in source.state_dict().items())

@@ -16,7 +16,7 @@ from dyhead_zoo.layers.dyhead import BlockAttention
 from dyhead_zoo.layers.fpn import Neck
 
 _PHOTO = 720  # pixels, width of the photo
-_CHARTS = 420  # pixels, width of the charts beside it
+_CHARTS = 500  # pixels, width of the charts beside it
 _ROW = 110  # pixels, height of the charts of one block
 _COLORS = ((220, 60, 50), (40, 110, 220), (40, 150, 80), (230, 150, 20), (130, 80, 190), (90, 90, 90))  # of blocks
 
@@ -118,15 +118,15 @@ def _draw_charts(canvas: ImageDraw.ImageDraw, block: BlockAttention, number: int
     left, top = _PHOTO + 14, 10 + number * _ROW
     color = _COLORS[number % len(_COLORS)]
     canvas.text((left, top), f"block {number + 1}", fill=color, font=font)
-    canvas.text((left + 60, top), "scale: weight of own, finer, coarser level", fill="black", font=font)
+    canvas.text((left + 60, top), "scale: weight of own (o), finer (f), coarser (c) level", fill="black", font=font)
     base, x = top + 66, left
     for level, weights in enumerate(block.scale):
         canvas.text((x, base + 2), f"P{level + 3}" if len(block.scale) > 1 else "per level", fill="black", font=font)
-        for weight in weights[0].tolist():
+        branches = "o" + "f" * (level > 0) + "c" * (level + 1 < len(block.scale))
+        for weight, name in zip(weights[0].tolist(), branches if len(block.scale) > 1 else "", strict=False):
             canvas.rectangle((x, base - 46 * weight, x + 16, base), fill=color)
-            canvas.text(
-                (x - 1, base - 46 * weight - 12), f"{weight:.2f}"[1:] if weight < 1 else "1", fill="black", font=font
-            )
+            canvas.text((x - 1, base - 46 * weight - 15), f"{weight:.2f}".removeprefix("0"), fill="black", font=font)
+            canvas.text((x + 5, base - 16), name, fill="white", font=font)
             x += 24
         x += 14
     slopes = "  ".join(f"{c[0, 0].mean():.2f} / {c[0, 2].mean():.2f}" for c in block.task)

@@ -16,7 +16,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -168,12 +168,13 @@ def predict_dataset(
     from tqdm.auto import tqdm
 
     from dyhead_zoo.data.loader import make_eval_loader
+    from dyhead_zoo.detector import eval_mode
 
     rank, world_size = _rank_and_world_size()
     loader = make_eval_loader(dataset, detector.pretrained_cfg, batch_size, num_workers, rank, world_size)
     to_category = _category_ids_by_name(detector.label_space, dataset.label_space)
     by_image: dict[int, list[Record]] = {}
-    with _eval_mode(detector), torch.inference_mode():
+    with eval_mode(detector), torch.inference_mode():
         for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress or rank != 0):
             found = detector.decode(detector(batch.images.to(detector.device), batch.image_sizes.to(detector.device)))
             sizes = zip(batch.image_sizes.tolist(), batch.original_sizes.tolist(), strict=True)
@@ -377,18 +378,6 @@ def _to_records(records: list[Record], to_category: Mapping[int, int]) -> list[R
         for record in records
         if record["category_id"] in to_category
     ]
-
-
-@contextlib.contextmanager
-def _eval_mode(detector: torch.nn.Module) -> Iterator[None]:
-    """Eval mode within the block; every submodule's own mode comes back afterwards (frozen norms stay in eval)."""
-    modes = [(module, module.training) for module in detector.modules()]
-    detector.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _rank_and_world_size() -> tuple[int, int]:

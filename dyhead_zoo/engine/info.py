@@ -64,7 +64,7 @@ def describe(name: str) -> str:
         "weights": _weights(cfg),
         "license": cfg.license or "",
         "reported": _figures(cfg.reported, cfg.reported_by, "by"),
-        "measured": _figures(cfg.measured, cfg.measured_on, "on"),
+        "measured": _figures({key: 100 * value for key, value in cfg.measured.items()}, cfg.measured_on, "on"),
         "papers": ", ".join(cfg.paper_ids),
     }
     return "\n".join(f"{title + ':':<15}{text}" for title, text in rows.items() if text)
@@ -93,7 +93,7 @@ def _weights(cfg: PretrainedCfg) -> str:
 
 
 def _figures(figures: Mapping[str, float], origin: str | None, word: str) -> str:
-    """``AP 42.0 (by X)``; who says so is part of a figure."""
+    """``AP 42.0 (by X)``, in percent; who says so is part of a figure."""
     if not figures:
         return ""
-    return ", ".join(f"{key} {value:g}" for key, value in figures.items()) + (f" ({word} {origin})" if origin else "")
+    return ", ".join(f"{key} {value:.4g}" for key, value in figures.items()) + (f" ({word} {origin})" if origin else "")

@@ -73,36 +73,27 @@ def backbone_data_config(name: str) -> dict[str, tuple[float, ...]]:
     return {key: tuple(255 * v for v in getattr(cfg, key)) for key in ("mean", "std") if len(getattr(cfg, key)) == 3}
 
 
-def _size_kwargs(name: str, image_size: tuple[int, int] | None) -> dict[str, Any]:
-    """Constructor arguments that let a body take the detector's input sizes."""
-    if image_size is not None:
-        return {"img_size": image_size}
-    cls = timm.model_entrypoint(name.partition(".")[0])
-    if cls.__module__.endswith("models.swin_transformer"):
-        return {"strict_img_size": False, "always_partition": True}
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is not None and cfg.fixed_input_size:
-        return {"dynamic_img_size": True}
-    return {}
-
-
 class Resample(nn.Module):
     """A level that a body lacks, made from its nearest one: resized, then a 1x1 convolution.
 
     Follows the simple feature pyramid of ViTDet (Li et al., arXiv:2203.16527) with resizing in place of strided and
     transposed convolutions, so that any pair of strides (14 to 8, 16 to 32) works.
 
-    Shapes: (B, C, H, W) -> (B, C, h, w) for the ``size`` given.
+    Shapes: (B, C, H, W) -> (B, C, H * factor, W * factor), rounded down.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, factor: float) -> None:
         super().__init__()
+        self.factor = factor
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        if size[0] < x.shape[-2]:
-            return self.proj(F.adaptive_avg_pool2d(x, size))
-        return self.proj(F.interpolate(x, size=size, mode="bilinear", align_corners=False))
+    def forward(self, x: Tensor) -> Tensor:
+        size = [max(1, int(side * self.factor)) for side in x.shape[-2:]]
+        exact = all(side * self.factor == out for side, out in zip(x.shape[-2:], size, strict=True))
+        if exact or 1 in size:
+            return self.proj(F.interpolate(x, size=size, mode="bilinear", antialias=self.factor < 1))
+        # the factor, not the rounded size, decides where the new cells lie
+        return self.proj(F.interpolate(x, scale_factor=self.factor, mode="bilinear", antialias=self.factor < 1))
 
 
 class Backbone(nn.Module):
@@ -114,7 +105,8 @@ class Backbone(nn.Module):
         strides: of the levels wanted, fine to coarse. Where several feature maps of the body have a stride, the deepest
             is taken; a stride that the body lacks is resampled from its nearest level.
         pretrained: ``True`` for timm's weights (downloaded), a file in timm's layout, or a state dict.
-        image_size: (height, width) for bodies that work at one size only.
+        image_size: (height, width) of the canvas for bodies that work at one size only; by default the one of their
+            weights. Smaller images are padded to it, larger ones are an error. Others take any size.
         caffe: ResNet with the stride of a bottleneck in its first 1x1 convolution (weights of caffe origin).
         out_norm: LayerNorm on each level; by default for bodies whose norms are LayerNorms.
         frozen_stages: stem and stages up to this one are not trained; 0 freezes the stem, -1 nothing.
@@ -126,6 +118,7 @@ class Backbone(nn.Module):
 
     Attributes:
         channels, strides: of the levels returned.
+        image_size: the canvas of a body that works at one size only; None for others.
 
     Raises:
         ValueError: for a name, stride or weight file that does not fit.
@@ -150,29 +143,23 @@ class Backbone(nn.Module):
         super().__init__()
         self.full_precision = full_precision
         self.name = resolve_backbone_name(name)
-        self.image_size = image_size
         self.strides = tuple(strides)
-        kwargs: dict[str, Any] = {"in_chans": in_chans, "features_only": True, "feature_cls": "getter"}
-        kwargs |= _size_kwargs(self.name, image_size)
+        kwargs: dict[str, Any] = {"in_chans": in_chans, "num_classes": 0}
         if drop_path:
             kwargs["drop_path_rate"] = drop_path
-        with torch.device("meta"):
-            probe: Any = timm.create_model(self.name, out_indices=None, **kwargs)
-        info: list[dict[str, Any]] = probe.feature_info.info
+        sizes, self.image_size = _size_arguments(self.name, image_size, kwargs)
+        body: Any = timm.create_model(self.name, pretrained=pretrained is True, **kwargs, **sizes)
+        info: list[dict[str, Any]] = list(body.feature_info)
         reductions = [int(level["reduction"]) for level in info]
+        self._divisor = max(reductions)
         self._sources = [_nearest_level(reductions, stride) for stride in self.strides]
         self._taps = sorted(set(self._sources))
-        getter: Any = timm.create_model(
-            self.name, pretrained=pretrained is True, out_indices=tuple(self._taps), **kwargs
-        )
-        body: Any = getter.model
+        self._take: list[int] = body.prune_intermediate_layers(self._taps, prune_norm=True, prune_head=True)
         self.body = body
-        self._take: list[int] = list(getter.out_indices)
         self.channels = tuple(int(info[source]["num_chs"]) for source in self._sources)
-        self.body_divisor = max(reductions)
         self.pyramid = nn.ModuleDict(
             {
-                str(k): Resample(self.channels[k])
+                str(k): Resample(self.channels[k], reductions[source] / stride)
                 for k, (source, stride) in enumerate(zip(self._sources, self.strides, strict=True))
                 if reductions[source] != stride
             }
@@ -220,13 +207,12 @@ class Backbone(nn.Module):
         """(B, in_chans, H, W), normalised -> one map per stride, fine to coarse.
 
         Raises:
-            ValueError: for a canvas smaller than 32 pixels, or one that a fixed-size body cannot take.
+            ValueError: for a canvas smaller than 32 pixels, or larger than a fixed-size body can take.
         """
         height, width = images.shape[-2:]
         if min(height, width) < _MIN_INPUT:
             raise ValueError(f"the canvas is {height} x {width} px: pad images to at least {_MIN_INPUT} px a side")
-        if self.image_size is not None and (height, width) != tuple(self.image_size):
-            images = self._to_fixed_size(images)
+        images = self._pad(images)
         with torch.autocast(images.device.type, enabled=False) if self.full_precision else nullcontext():
             taps = cast(Any, self.body).forward_intermediates(
                 images, indices=self._take, stop_early=True, output_fmt="NCHW", intermediates_only=True
@@ -236,23 +222,60 @@ class Backbone(nn.Module):
         for k, (source, stride) in enumerate(zip(self._sources, self.strides, strict=True)):
             x = by_level[source]
             if str(k) in self.pyramid:
-                x = self.pyramid[str(k)](
-                    x, (math.ceil(images.shape[-2] / stride), math.ceil(images.shape[-1] / stride))
-                )
+                x = self.pyramid[str(k)](x)
+            full = [-(-side // stride) for side in images.shape[-2:]]
+            if list(x.shape[-2:]) != full:  # a body without padding, or a stride that does not divide the canvas
+                x = F.interpolate(x, size=full, mode="bilinear")
+            if self.image_size is None:
+                x = x[:, :, : -(-height // stride), : -(-width // stride)]
             if self.norms is not None:
                 x = self.norms[k](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             levels.append(x)
         return levels
 
-    def _to_fixed_size(self, images: Tensor) -> Tensor:
-        limit = self.image_size or (0, 0)
+    def _pad(self, images: Tensor) -> Tensor:
+        """Zeros at the right and bottom, up to what the body can take."""
         height, width = images.shape[-2:]
+        if self.image_size is None:
+            return F.pad(images, (0, -width % self._divisor, 0, -height % self._divisor))
+        limit = self.image_size
         if height > limit[0] or width > limit[1]:
             raise ValueError(
                 f"{self.name} was built for a canvas of {limit[0]} x {limit[1]} px and got {height} x {width}: "
                 f"resize the images, or build it with image_size=({height}, {width})"
             )
         return F.pad(images, (0, limit[1] - width, 0, limit[0] - height))
+
+
+def _size_arguments(
+    name: str, image_size: tuple[int, int] | None, kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """Constructor arguments that let a body take the detector's input sizes, and its canvas if it has only one."""
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.fixed_input_size:
+        return {}, None
+    own = (int(cfg.input_size[-2]), int(cfg.input_size[-1]))
+    if timm.model_entrypoint(name.partition(".")[0]).__module__.endswith(".swin_transformer"):
+        return {"strict_img_size": False, "always_partition": True}, None
+    dynamic: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False})
+    for sizes in dynamic:
+        if _accepts(name, {**kwargs, **sizes}):
+            return sizes, None
+    if image_size is None or tuple(image_size) == own:
+        return {}, own
+    if not _accepts(name, {**kwargs, "img_size": image_size}):
+        raise ValueError(f"{name} cannot be built for image_size={tuple(image_size)}: leave it out for its own, {own}")
+    return {"img_size": image_size}, (image_size[0], image_size[1])
+
+
+def _accepts(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether timm builds this body with these arguments; tried on the meta device, where it costs little."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError):  # timm has no common error for this
+        return False
+    return True
 
 
 def _nearest_level(reductions: Sequence[int], stride: int) -> int:

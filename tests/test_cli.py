@@ -130,6 +130,7 @@ def test_wrong_flags_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "NAME, --images, --annotations" in failure(capsys, "eval")
     assert "--batch-size" in failure(capsys, "predict", "--batch-size", "0")
     assert "'oops' is not of the form KEY=VALUE" in failure(capsys, *TRAIN, "--model-args", "oops")
+    assert "7 is not in 0..1" in failure(capsys, "predict", "--score-threshold", "7")
     assert "--epochs" in failure(capsys, *TRAIN, "--epochs", "many")
 
 
@@ -293,7 +294,8 @@ def test_warnings_are_one_line(folder: Path, weights: Path, capsys: pytest.Captu
 
 def test_train_then_resume_then_eval(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["train", TINY, *data_flags(folder), "--output", str(tmp_path / "run"), "--device", "cpu"]
-    run += ["--batch-size", "2", "--size", "64", "--num-workers", "0", "--model-args", "channels=64", "towers=1"]
+    run += ["--batch-size", "2", "--size", "64", "--num-workers", "0"]
+    run += ["--model-args", "channels=64", "--model-args", "towers=1"]
     assert cli.main([*run, *data_flags(folder, "val-"), "--epochs", "1"]) == 0
     out = capsys.readouterr().out
     assert "1 epochs, 2 steps, best AP" in out and "best.safetensors" in out

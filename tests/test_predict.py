@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
+from dyhead_zoo import create_detector
 from dyhead_zoo.data.label_space import LabelSpace
 from dyhead_zoo.engine.draw import class_color, draw_detections
 from dyhead_zoo.engine.predict import find_images, predict_files, sample_photo
@@ -197,3 +198,10 @@ def test_classes_have_colours_of_their_own() -> None:
     assert len(set(colors)) == 80
     distance = [max(abs(a - b) for a, b in zip(x, y, strict=True)) for x, y in itertools.pairwise(colors)]
     assert min(distance) > 60
+
+
+def test_every_part_keeps_its_mode() -> None:
+    detector = create_detector("test_atss").train()
+    detector.neck.eval()
+    detector.predict(torch.zeros(3, 64, 64, dtype=torch.uint8))
+    assert detector.training and detector.head.training and not detector.neck.training

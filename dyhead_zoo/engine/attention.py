@@ -123,7 +123,9 @@ def _draw_charts(canvas: ImageDraw.ImageDraw, block: BlockAttention, number: int
     for level, weights in enumerate(block.scale):
         canvas.text((x, base + 2), f"P{level + 3}" if len(block.scale) > 1 else "per level", fill="black", font=font)
         branches = "o" + "f" * (level > 0) + "c" * (level + 1 < len(block.scale))
-        for weight, name in zip(weights[0].tolist(), branches if len(block.scale) > 1 else "", strict=False):
+        if len(block.scale) == 1:  # the paper's formulation: one weight per level
+            branches = " " * weights.shape[1]
+        for weight, name in zip(weights[0].tolist(), branches, strict=True):
             canvas.rectangle((x, base - 46 * weight, x + 16, base), fill=color)
             canvas.text((x - 1, base - 46 * weight - 15), f"{weight:.2f}".removeprefix("0"), fill="black", font=font)
             canvas.text((x + 5, base - 16), name, fill="white", font=font)

@@ -74,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _print_error(message: str) -> None:
-    print(f"dyhead-zoo: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"dyhead-zoo: error: {message}", file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -309,6 +309,12 @@ def run_train(args: argparse.Namespace) -> int:
         class_names=args.class_names or labels,
         **dict(args.model_args),
     )
+    if not (args.pretrained or args.checkpoint or args.pretrained_backbone):
+        print(
+            "dyhead-zoo: warning: the backbone starts from random weights; start from trained ones with "
+            "--pretrained-backbone [FILE] or --pretrained",
+            file=sys.stderr,
+        )
     result = train(
         detector,
         images=args.images,
@@ -394,7 +400,7 @@ def _load_detector(name: str | None, args: argparse.Namespace) -> Detector:
     _check_device(args.device)
     classes = {"class_names": args.class_names, "num_classes": args.num_classes}
     saved = saved_config(args.checkpoint) if args.checkpoint else None
-    if saved and name in (None, saved["name"]):
+    if saved and (name is None or name.partition(".")[0] == saved["name"]):
         detector = create_detector(f"local-dir:{args.checkpoint}", **classes)
     else:
         pretrained = args.checkpoint is None

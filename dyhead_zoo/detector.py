@@ -171,6 +171,10 @@ class Detector(nn.Module):
                 raise ValueError(
                     f"target {i}: boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)}, expected (N, 4) and (N,)"
                 )
+            if not boxes.isfinite().all():
+                raise ValueError(
+                    f"target {i}: boxes that are not finite: {boxes[~boxes.isfinite().all(1)][:3].tolist()}"
+                )
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
                 raise ValueError(f"target {i}: labels {labels.min()}..{labels.max()}, expected 0..{classes - 1}")
 

@@ -24,9 +24,13 @@ _logger = logging.getLogger(__name__)
 
 _RESERVED = {"pretrained", "pad_divisor"}
 """Keyword arguments of the parts that do not go by the same name, or not from the user."""
+_FREEZING = {"frozen_stages", "norm_eval", "freeze_norm"}
+"""Arguments of a tag that apply only where weights are loaded."""
+
 _FREE = {
+    *_FREEZING,
     *("zero_init_offset", "image_size"),  # of initialisation, and of the canvas
-    *("frozen_stages", "norm_eval", "freeze_norm", "drop_path", "full_precision"),  # of training
+    *("drop_path", "full_precision"),  # of training
     *("score_threshold", "pre_nms", "nms_threshold", "max_detections"),  # of decoding
 }
 """Arguments that may differ from those of the weights."""
@@ -162,13 +166,15 @@ def build_detector(
     """Compose backbone, neck and head, and load weights. Families call this with their head and defaults.
 
     Arguments are flat; precedence: ``defaults`` < the cfg's ``arch`` < ``user``. Each goes to the part whose
-    constructor names it.
+    constructor names it. A cfg's frozen stages and norms are left out where no weights are loaded.
     """
     user = dict(user)
     cfg: PretrainedCfg | None = user.pop("pretrained_cfg", None)
     if cfg is None and registry.is_detector(name):
         cfg = registry.get_pretrained_cfg(name)
     cache_dir, checkpoint = user.pop("cache_dir", None), user.pop("checkpoint", None)
+    if pretrained and checkpoint is not None:
+        raise ValueError("pretrained=True and checkpoint= both name the weights: choose one")
     pretrained_backbone = user.pop("pretrained_backbone", False)
     num_classes, class_names = user.pop("num_classes", None), user.pop("class_names", None)
     saved = saved_config(checkpoint) if isinstance(checkpoint, (str, Path)) else None
@@ -177,7 +183,10 @@ def build_detector(
     labels = _label_space(num_classes, class_names, cfg)
     if pretrained:
         _check_pretrained(name, cfg, user, {**_settings(Backbone, Neck, head_cls), **defaults})
-    options = {**defaults, **(cfg.arch if cfg else {}), **user}
+    arch = dict(cfg.arch) if cfg else {}
+    if not pretrained and checkpoint is None and pretrained_backbone is False:
+        arch = {key: value for key, value in arch.items() if key not in _FREEZING}  # random weights must learn
+    options = {**defaults, **arch, **user}
     backbone_name = options["backbone"]
     if cfg is None or user.get("backbone", defaults["backbone"]) != defaults["backbone"]:
         cfg = (cfg or PretrainedCfg()).replace(**backbone_data_config(backbone_name))

@@ -62,16 +62,17 @@ def data_flags(folder: Path, prefix: str = "") -> list[str]:
 
 
 def failure(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """The one line that a command which the user can mend ends with."""
+    """The message that a command which the user can mend ends with."""
     status: object
     try:
         status = cli.main([str(a) for a in argv])
     except SystemExit as end:  # argparse
         status = end.code
-    lines = capsys.readouterr().err.splitlines()
-    assert status == 2 and lines[-1].startswith("dyhead-zoo: error: ")
-    assert not any("Traceback" in line for line in lines)
-    return lines[-1]
+    errors = capsys.readouterr().err
+    _, mark, message = errors.rpartition("dyhead-zoo: error: ")
+    assert status == 2 and mark
+    assert "Traceback" not in errors
+    return mark + message.rstrip("\n")
 
 
 # -- help and flags ----------------------------------------------------------------------------------------------------

@@ -155,6 +155,7 @@ def test_wrong_images_are_named(wrong, message):
         ({"boxes": torch.zeros(1, 4), "labels": torch.tensor([3])}, r"labels 3\.\.3, expected 0\.\.2"),
         ({"boxes": torch.zeros(2, 4), "labels": torch.tensor([0])}, r"boxes \(2, 4\) and labels \(1,\)"),
         ({"boxes": torch.zeros(4), "labels": torch.tensor([0])}, r"expected \(N, 4\)"),
+        ({"boxes": torch.full((1, 4), float("nan")), "labels": torch.tensor([0])}, "not finite"),
     ],
 )
 def test_wrong_targets_are_named(target, message):

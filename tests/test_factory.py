@@ -177,3 +177,20 @@ def test_a_weight_file_brings_its_detector_and_its_classes(tmp_path):
     write_safetensors(bare, source.state_dict(), {})
     with pytest.raises(ValueError, match="does not say which detector"):
         create_detector(f"local-dir:{bare}")
+
+
+def test_a_tags_frozen_stages_apply_only_where_weights_are_loaded():
+    import timm
+
+    name = "atss_resnet50_dyhead6"
+    with torch.device("meta"):
+        assert all(p.requires_grad for p in create_detector(name).parameters())
+        assert not create_detector(name, frozen_stages=0).backbone.body.conv1.weight.requires_grad  # asked for
+        weights = timm.create_model("resnet50", num_classes=0).state_dict()
+        loaded = create_detector(name, pretrained_backbone=weights).backbone.body
+    assert not loaded.layer1[0].conv1.weight.requires_grad and loaded.layer2[0].conv1.weight.requires_grad
+
+
+def test_two_sources_of_weights_are_one_too_many(tmp_path):
+    with pytest.raises(ValueError, match="choose one"):
+        create_detector("atss_lite0_dyhead2", pretrained=True, checkpoint=tmp_path / "a.safetensors")

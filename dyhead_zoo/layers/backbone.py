@@ -148,7 +148,15 @@ class Backbone(nn.Module):
         if drop_path:
             kwargs["drop_path_rate"] = drop_path
         sizes, self.image_size = _size_arguments(self.name, image_size, kwargs)
-        body: Any = timm.create_model(self.name, pretrained=pretrained is True, **kwargs, **sizes)
+        try:
+            body: Any = timm.create_model(self.name, pretrained=pretrained is True, **kwargs, **sizes)
+        except (OSError, RuntimeError) as error:
+            if pretrained is not True:
+                raise
+            raise OSError(
+                f"timm's weights of {self.name} could not be had ({str(error).splitlines()[0]}): pass "
+                "pretrained_backbone=FILE with a timm checkpoint, or go without"
+            ) from error
         info: list[dict[str, Any]] = list(body.feature_info)
         reductions = [int(level["reduction"]) for level in info]
         self._divisor = max(reductions)

@@ -229,7 +229,7 @@ def test_cache_directory_follows_argument_then_variables(
 def test_local_and_bundled_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str) -> None:
     path = tmp_path / "w.safetensors"
     path.write_bytes(BODY)
-    monkeypatch.setattr(download, "_BUNDLED", tmp_path)
+    monkeypatch.setattr(download, "BUNDLED", tmp_path)
     assert fetch(PretrainedCfg(file=str(path))) == path
     assert fetch(PretrainedCfg(file="w.safetensors", sha256=digest)) == path
     path.write_bytes(BODY + b"x")

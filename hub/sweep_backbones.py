@@ -2,6 +2,7 @@
 
     python hub/sweep_backbones.py hub/backbones.csv                 # all of timm; resumes where it stopped
     python hub/sweep_backbones.py hub/backbones.csv 'resnet*'       # some
+    python hub/sweep_backbones.py hub/backbones.csv --table docs/backbones.md    # no run: the table in the docs
 
 Each is built into an ATSS detector with one DyHead block; bodies that take any size get an odd canvas, the others their
 own. Up to ``--limit`` million parameters a training step is run, and each trainable parameter must get a finite
@@ -81,12 +82,50 @@ def judge_gradients(detector: Detector, canvas: tuple[int, int]) -> None:
         raise ValueError(f"infinite gradients for {len(wild)} parameters: {wild[:3]}")
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """The page of the docs: a line per timm module, and every architecture that failed with its reason."""
+    modules: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        modules.setdefault(row["module"], []).append(row)
+    ok = [row for row in rows if row["result"] == "ok"]
+    trained = sum(row["checked"] == "gradients" for row in ok)
+    versions = ", ".join(sorted({row["timm"] for row in rows}))
+    lines = [
+        "# Supported backbones",
+        "",
+        "Written by `hub/sweep_backbones.py`; do not edit. Each architecture of timm was built into an ATSS detector",
+        f"with one DyHead block and run on a CPU: {len(ok)} of {len(rows)} work (timm {versions}).",
+        f"{trained} of them took a training step with finite gradients for every trainable parameter; the others,",
+        "the largest, were run forward on the meta device, which shows that the shapes are right and no more.",
+        f"*Dynamic* bodies ran on a canvas of {ODD_CANVAS[0]} x {ODD_CANVAS[1]} pixels, *fixed* ones on their own; see",
+        "`image_size` of `create_detector`.",
+        "",
+        "| timm module | work | trained | dynamic | fixed |",
+        "|---|---|---|---|---|",
+    ]
+    for module, members in sorted(modules.items()):
+        good = [row for row in members if row["result"] == "ok"]
+        counts = [sum(row[key] == value for row in good) for key, value in _COLUMNS]
+        lines.append(f"| {module} | {len(good)} of {len(members)} | " + " | ".join(map(str, counts)) + " |")
+    lines += ["", "## Those that do not", "", "| architecture | why |", "|---|---|"]
+    lines += [f"| {row['name']} | {row['result'].replace('|', '/')} |" for row in rows if row["result"] != "ok"]
+    return "\n".join(lines) + "\n"
+
+
+_COLUMNS = (("checked", "gradients"), ("kind", "dynamic"), ("kind", "fixed"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path)
     parser.add_argument("filters", nargs="*", help="wildcards of timm names; all by default")
     parser.add_argument("--limit", type=float, default=100, help="million parameters of the largest that are trained")
+    parser.add_argument("--table", type=Path, help="write this page of the docs from the CSV file, and run nothing")
     args = parser.parse_args()
+    if args.table:
+        rows = sorted(csv.DictReader(args.csv.open()), key=lambda row: row["name"])
+        args.table.write_text(table(rows))
+        return
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

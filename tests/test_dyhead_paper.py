@@ -27,6 +27,7 @@ def sample(plane, y, x):
 def loop(block, features):
     """Equations 3, 4 and 5, one index at a time."""
     images = []
+    weight = block.spatial.weight.view(C, L, C, 3, 3)
     for image in features:
         means = [image[level].sum() / (H * W * C) for level in range(L)]
         gated = []
@@ -42,7 +43,7 @@ def loop(block, features):
             for level, k in itertools.product(range(L), range(9)):
                 at = sample(gated[level], y + k // 3 - 1 + field[2 * k, y, x], x + k % 3 - 1 + field[2 * k + 1, y, x])
                 importance = 1 / (1 + torch.exp(-field[18 + k, y, x]))
-                value = value + block.spatial.weight[:, level, :, k // 3, k % 3] @ at * importance
+                value = value + weight[:, level, :, k // 3, k % 3] @ at * importance
             rows.append(value / L)
         spatial = torch.stack(rows, dim=1).view(C, H, W)
         levels = torch.stack([spatial] * L)
@@ -109,6 +110,7 @@ def test_trace_has_one_entry_for_all_levels():
 
 def test_a_detector_in_the_papers_formulation():
     detector = create_detector("test_atss_dyhead1", formulation="paper", num_classes=2).train()
+    detector.to(memory_format=torch.channels_last)
     target = {"boxes": torch.tensor([[4.0, 4, 60, 60]]), "labels": torch.tensor([1])}
     losses = detector.loss(detector(torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)), [target])
     sum(losses.values()).backward()

@@ -66,14 +66,14 @@ class PaperSpatialAttention(nn.Module):
         self.offset = nn.Conv2d(channels, 27, 3, padding=1)
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
-        self.weight = nn.Parameter(torch.empty(channels, levels, channels, 3, 3))
+        self.weight = nn.Parameter(torch.empty(channels, levels * channels, 3, 3))
         # keeps the second moment: gates and masks start at 1/2, a ReLU follows, and the sum is divided by L
         nn.init.normal_(self.weight, std=math.sqrt(32 * levels / (9 * channels)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         predicted = self.offset(x[:, self.median])
         offset, mask = predicted[:, :18], predicted[:, 18:].sigmoid()
-        y = modulated_deform_conv2d(x.flatten(1, 2), offset, mask, self.weight.flatten(1, 2), padding=1)
+        y = modulated_deform_conv2d(x.flatten(1, 2), offset, mask, self.weight, padding=1)
         return offset, mask, y / self.levels
 
 

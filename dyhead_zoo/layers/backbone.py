@@ -6,6 +6,7 @@ beyond the last level are pruned), so that any timm checkpoint drops in and a fi
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -57,8 +58,6 @@ def resolve_backbone_name(name: str) -> str:
     arch, _, tag = name.partition(".")
     arch = ALIASES.get(arch, arch)
     if not timm.is_model(arch):
-        import difflib
-
         close = difflib.get_close_matches(arch, [*timm.list_models(), *ALIASES], n=3, cutoff=0.6)
         hint = f" Did you mean {', '.join(close)}?" if close else " See timm.list_models()."
         raise ValueError(f"timm has no backbone named {arch!r}.{hint}")

@@ -7,8 +7,8 @@ For every output pixel p and every tap k of the kernel the input is sampled bili
 where x is zero outside the map. With ``mask=None`` (m = 1) this is DCNv1 (https://arxiv.org/abs/1703.06211).
 
 **Backends.** ``torchvision`` is the reference: ``torchvision.ops.deform_conv2d``, which is also what exporters
-understand (one DeformConv node in ONNX). On one CPU thread, with 256 channels, it costs 4 to 6 dense convolutions, and
-9 to 15 with the backward pass. ``bag`` is plain PyTorch and costs 1.25 to 1.45 in both cases (``engine/benchmark.py``;
+understand (one DeformConv node in ONNX). On one CPU thread, with 256 channels, it costs 4 to 6.5 dense convolutions,
+and 9 to 15 with the backward pass. ``bag`` is plain PyTorch and costs 1.25 to 1.5 in both (``engine/benchmark.py``;
 more when other processes contend for the cache, and with fewer output channels, which leave less to pay for step 2):
 
 1. *Plan.* For each (pixel, tap) the four neighbours become four row numbers of the input seen as a (B·H·W, C) table,

@@ -14,7 +14,7 @@ from dyhead_zoo.layers.anchors import AnchorGenerator, DeltaCoder, grid_points
 from dyhead_zoo.layers.assigners import atss_assign
 from dyhead_zoo.layers.fpn import FPN, Neck
 from dyhead_zoo.layers.losses import giou_loss, sigmoid_focal_loss
-from dyhead_zoo.layers.postprocess import dense_detections
+from dyhead_zoo.layers.postprocess import dense_detections, take_rows
 from dyhead_zoo.ops.boxes import centerness, clip_to_image
 
 
@@ -174,9 +174,7 @@ def test_atss_assigns_as_the_paper_says(seed, count):
 
 def detections(logits, boxes, **changes):
     settings = {"score_threshold": 0.05, "pre_nms": 100, "nms_threshold": 0.5, "max_detections": 5} | changes
-    return dense_detections(
-        [logits], None, lambda level, image, rows: boxes[rows], torch.tensor([[50, 50]]), **settings
-    )
+    return dense_detections([logits], None, lambda level, rows: boxes[rows], torch.tensor([[50, 50]]), **settings)
 
 
 def test_only_boxes_of_one_class_suppress_one_another():
@@ -204,7 +202,7 @@ def test_ranking_by_the_product_keeps_another_set():
         dense_detections(
             [logits],
             [quality],
-            lambda level, image, rows: boxes[rows],
+            lambda level, rows: boxes[rows],
             torch.tensor([[50, 50]]),
             score_threshold=0.05,
             pre_nms=1,
@@ -217,3 +215,34 @@ def test_ranking_by_the_product_keeps_another_set():
         for by_product in (False, True)
     ]
     assert kept == [0, 20]
+
+
+class _Decode(torch.nn.Module):
+    def forward(self, logits, boxes):
+        return tuple(
+            dense_detections(
+                [logits],
+                None,
+                lambda level, rows: take_rows(boxes, rows),
+                torch.tensor([[50, 50], [40, 60]]),
+                score_threshold=0.05,
+                pre_nms=20,
+                nms_threshold=0.5,
+                max_detections=8,
+            )
+        )
+
+
+def test_decoding_exports_and_its_program_follows_the_data():
+    generator = torch.Generator().manual_seed(0)
+
+    def case():
+        corner = torch.rand(2, 30, 2, generator=generator) * 40
+        boxes = torch.cat((corner, corner + torch.rand(2, 30, 2, generator=generator) * 30), -1)
+        return torch.randn(2, 30, 3, generator=generator) * 3 - 1, boxes
+
+    program = torch.export.export(_Decode(), case()).module()
+    for _ in range(3):
+        inputs = case()
+        for exported, eager in zip(program(*inputs), _Decode()(*inputs), strict=True):
+            torch.testing.assert_close(exported, eager)

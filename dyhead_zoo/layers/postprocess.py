@@ -1,4 +1,8 @@
-"""From dense per-level predictions to detections: what anchor and point heads share."""
+"""From dense per-level predictions to detections: what anchor and point heads share.
+
+All sizes are known beforehand: a level gives its ``pre_nms`` best rows, of which those below the threshold are marked
+invalid, so the whole can be exported.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,24 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 from dyhead_zoo.ops.boxes import clip_to_image
 from dyhead_zoo.structures import DetectionTensors
 
-DecodeLevel = Callable[[int, int, Tensor], Tensor]
+DecodeLevel = Callable[[int, Tensor], Tensor]
 
 
 def by_place(x: Tensor, channels: int) -> Tensor:
     """(B, A * channels, H, W) -> (B, H * W * A, channels): rows in the order of the anchors."""
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, channels)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows (B, K) of (B, P, D), or of (P, D) that all images share: (B, K, D)."""
+    if x.ndim == 2:
+        return x[rows]
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def dense_detections(
@@ -31,46 +42,72 @@ def dense_detections(
     nms_threshold: float,
     max_detections: int,
     rank_by_product: bool = False,
+    sqrt_score: bool = False,
 ) -> DetectionTensors:
     """Per level: threshold, top-k; then decode, clip, class-wise NMS over all levels, best ``max_detections``.
 
     Args:
         class_logits: per level (B, P_l, C), one row per anchor or point.
         quality_logits: per level (B, P_l), centerness or the like; the final score is the product of both sigmoids.
-        decode: ``decode(level, image, rows)`` gives the boxes (K, 4) of the rows selected.
+        decode: ``decode(level, rows)`` gives the boxes (B, K, 4) of the rows (B, K) selected.
         image_sizes: (B, 2), (height, width) that boxes are clipped to.
-        score_threshold: on the class probability, without the quality.
+        score_threshold: on the class probability; on the final score if ``sqrt_score``.
         pre_nms: top-k per level, ranked by class probability, or by the product if ``rank_by_product``.
+        sqrt_score: the final score is the square root of the product, as in the FCOS paper's code and torchvision.
+    """
+    boxes, scores, labels, valid = [], [], [], []
+    for level, logits in enumerate(class_logits):
+        count, classes = logits.shape[1:]
+        rank = logits.float()
+        passes = rank > _logit(score_threshold)
+        quality = None if quality_logits is None else quality_logits[level].float().sigmoid()
+        if quality is not None and (rank_by_product or sqrt_score):
+            rank = rank.sigmoid() * quality[..., None]
+            if sqrt_score:
+                passes = rank > score_threshold**2
+        rank = rank.masked_fill(~passes, -math.inf).flatten(1)
+        best, chosen = rank.topk(min(pre_nms, count * classes), dim=1)
+        row = chosen // classes
+        score = logits.flatten(1).gather(1, chosen).float().sigmoid()
+        if quality is not None:
+            score = score * quality.gather(1, row)
+        boxes.append(decode(level, row))
+        scores.append(score.sqrt() if sqrt_score else score)
+        labels.append(chosen % classes)
+        valid.append(best > -math.inf)
+    return select_detections(
+        torch.cat(boxes, 1),
+        torch.cat(scores, 1),
+        torch.cat(labels, 1),
+        torch.cat(valid, 1),
+        image_sizes,
+        nms_threshold=nms_threshold,
+        max_detections=max_detections,
+    )
+
+
+def select_detections(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    image_sizes: Tensor,
+    *,
+    nms_threshold: float,
+    max_detections: int,
+) -> DetectionTensors:
+    """Clip, class-wise NMS, best ``max_detections``, image by image.
+
+    Args:
+        boxes: (B, K, 4). scores, labels: (B, K). valid: (B, K) bool; other rows, and boxes without area, are left out.
+        image_sizes: (B, 2), (height, width) that boxes are clipped to.
     """
     results = []
-    for image in range(image_sizes.shape[0]):
-        boxes, scores, labels = [], [], []
-        for level, logits in enumerate(class_logits):
-            num_classes = logits.shape[-1]
-            flat = logits[image].float().flatten()
-            chosen = (
-                (flat > _logit(score_threshold)).nonzero().squeeze(1)
-            )  # threshold first: cheaper than sigmoid of all
-            prob = flat[chosen].sigmoid()
-            quality = prob.new_ones(())
-            if quality_logits is not None:
-                quality = quality_logits[level][image].float()[chosen // num_classes].sigmoid()
-            score = prob * quality
-            if len(chosen) > pre_nms:
-                order = (score if rank_by_product else prob).topk(pre_nms).indices
-                chosen, score = chosen[order], score[order]
-            boxes.append(decode(level, image, chosen // num_classes))
-            scores.append(score)
-            labels.append(chosen % num_classes)
-        results.append(
-            _nms(
-                clip_to_image(torch.cat(boxes), image_sizes[image]),
-                torch.cat(scores),
-                torch.cat(labels),
-                nms_threshold,
-                max_detections,
-            )
-        )
+    for image in range(len(boxes)):
+        clipped = clip_to_image(boxes[image], image_sizes[image])
+        usable = valid[image] & (clipped[:, 2:] > clipped[:, :2]).all(1)
+        kept = _class_wise_nms(clipped, scores[image], labels[image], usable, nms_threshold)
+        results.append(_best(clipped, scores[image], labels[image], kept, max_detections))
     return DetectionTensors(*(torch.stack(field) for field in zip(*results, strict=True)))
 
 
@@ -78,14 +115,27 @@ def _logit(p: float) -> float:
     return math.log(p / (1 - p)) if 0 < p < 1 else -math.inf if p <= 0 else math.inf
 
 
-def _nms(
-    boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, limit: int
+def _class_wise_nms(boxes: Tensor, scores: Tensor, labels: Tensor, usable: Tensor, threshold: float) -> Tensor:
+    """Which rows survive: (K,) bool."""
+    kept = torch.zeros_like(usable)
+    if torch.compiler.is_compiling():  # sizes must not depend on data: move the classes apart, the unusable to a corner
+        side = boxes.amax() + 1
+        places = torch.where(usable[:, None], boxes + (labels * side)[:, None], -side)
+        return kept.index_fill(0, nms(places, scores.masked_fill(~usable, -1.0), threshold), True) & usable
+    index = usable.nonzero().squeeze(1)
+    kept[index[batched_nms(boxes[index], scores[index], labels[index], threshold)]] = True
+    return kept
+
+
+def _best(
+    boxes: Tensor, scores: Tensor, labels: Tensor, kept: Tensor, limit: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Class-wise NMS of one image, padded with zeros to ``limit`` rows; the last tensor is the count."""
-    keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1).nonzero().squeeze(1)
-    keep = keep[batched_nms(boxes[keep], scores[keep], labels[keep], threshold)][:limit]
-    count = len(keep)
-    out = boxes.new_zeros(limit, 4), scores.new_zeros(limit), labels.new_zeros(limit)
-    for padded, values in zip(out, (boxes, scores, labels), strict=True):
-        padded[:count] = values[keep]
-    return *out, torch.tensor(count, device=boxes.device)
+    """The ``limit`` best of the rows kept, best first, padded with zeros; the last tensor is their number."""
+    best, row = scores.masked_fill(~kept, -1.0).topk(min(limit, len(scores)))
+    real = best >= 0
+    out = []
+    for values in (boxes, scores, labels):
+        padded = values.new_zeros(limit, *values.shape[1:])
+        padded[: len(row)] = torch.where(real if values.ndim == 1 else real[:, None], values[row], 0)
+        out.append(padded)
+    return out[0], out[1], out[2], real.sum()

@@ -18,7 +18,7 @@ from dyhead_zoo.factory import build_detector
 from dyhead_zoo.layers.anchors import AnchorGenerator, DeltaCoder
 from dyhead_zoo.layers.assigners import atss_assign
 from dyhead_zoo.layers.losses import giou_loss, mean_over_ranks, sigmoid_focal_loss
-from dyhead_zoo.layers.postprocess import by_place, dense_detections
+from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
 from dyhead_zoo.ops.boxes import centerness
 from dyhead_zoo.pretrained import PretrainedCfg, bundled_record
@@ -163,8 +163,8 @@ class ATSSHead(nn.Module):
         anchors = self.anchors(raw.cls_logits)
         deltas = [by_place(x, 4) for x in raw.box_deltas]
 
-        def decode(level: int, image: int, rows: Tensor) -> Tensor:
-            return self.coder.decode(deltas[level][image, rows], anchors[level][rows])
+        def decode(level: int, rows: Tensor) -> Tensor:
+            return self.coder.decode(take_rows(deltas[level], rows), take_rows(anchors[level], rows))
 
         return dense_detections(
             [by_place(x, self.num_classes) for x in raw.cls_logits],

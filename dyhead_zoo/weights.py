@@ -1,27 +1,22 @@
-"""Reading weight files safely, and loading them strictly: every key accounted for, classifier rows matched by name."""
+"""Loading weights strictly: every key accounted for, classifier rows matched by class name."""
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import re
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dyhead_zoo.convert import CheckpointError, Conversion, detectron2, listing, mmdet, unwrap
 from dyhead_zoo.data.label_space import COCO_80, LabelSpace
 from dyhead_zoo.download import fetch, sha256_of
+from dyhead_zoo.weight_files import read_state_dict, write_safetensors
 
 if TYPE_CHECKING:
     from dyhead_zoo.detector import Detector, Head
@@ -30,192 +25,13 @@ __all__ = [
     "CheckpointError",
     "ClassRows",
     "LoadReport",
+    "check_shapes",
     "fetch",
     "load_checkpoint",
     "read_state_dict",
     "sha256_of",
     "write_safetensors",
 ]
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors from a file without running anything that is in it.
-
-    Args:
-        path: ``.safetensors``; ``.pth``, ``.pt`` or ``.bin`` (PyTorch, ``weights_only=True``); ``.pkl`` (detectron2,
-            by an unpickler that admits numpy arrays and nothing else).
-
-    Returns:
-        Tensors by name, on the CPU; metadata: the header's of a safetensors file, ``meta`` of mmengine's, else empty.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        CheckpointError: for a damaged file, one that holds more than tensors, or an unknown suffix.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weight file at {path}" + (": it is a directory" if path.is_dir() else ""))
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise CheckpointError(f"{path}: unknown suffix {path.suffix!r}; weights are read from {', '.join(_READERS)}")
-    try:
-        return reader(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-_AGAIN = "Delete it and fetch it again"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if size < 8 or header > size - 8:
-        raise CheckpointError(
-            f"not a safetensors file, or a truncated one: it has {size} bytes, its header alone would need {header}. "
-            f"{_AGAIN}"
-        )
-    try:
-        with safe_open(path, "pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"damaged or truncated safetensors file ({_first_line(error)}). {_AGAIN}") from error
-
-
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start != b"PK" and start[:1] != b"\x80":  # zip archive, or the plain pickle of PyTorch before 1.6
-        raise CheckpointError(f"not a PyTorch file (a web page saved under its name?). {_AGAIN}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise nearly anything
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise CheckpointError(
-                f"it holds {refused[1]} beside tensors, and to load that could run code: refused. If you trust whoever "
-                "made it, save its tensors alone, in a process where you accept that risk: "
-                "torch.save({'state_dict': torch.load(path, weights_only=False)['state_dict']}, new_path)"
-            ) from error
-        raise CheckpointError(f"damaged or truncated PyTorch file ({_first_line(error)}). {_AGAIN}") from error
-    if not isinstance(checkpoint, Mapping):
-        raise CheckpointError(f"expected a dictionary of tensors, found {type(checkpoint).__name__}")
-    return unwrap(checkpoint)
-
-
-class _Refused(pickle.UnpicklingError):
-    """Something in a pickle that is neither an array nor made of plain Python values."""
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    """What protocol 2 pickles of Python 3 call to restore bytes; other codecs are refused."""
-    if encoding != "latin1":
-        raise _Refused(f"codec {encoding!r}")
-    return text.encode("latin1")
-
-
-def _number_type(code: str, align: bool = False, copy: bool = True) -> np.dtype[Any]:
-    """``numpy.dtype`` for plain numbers; others could hold objects, or sizes that do not agree with their data."""
-    if not isinstance(code, str) or np.dtype(code).kind not in "biuf":
-        raise _Refused(f"an array of {code!r}")
-    return np.dtype(code, align=align, copy=copy)
-
-
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
-_FROM_BUFFER = np.empty(0).__reduce_ex__(5)[0]
-_ADMITTED: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,  # numpy 1
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,  # numpy 2
-    ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
-    ("numpy._core.numeric", "_frombuffer"): _FROM_BUFFER,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): _number_type,
-    ("_codecs", "encode"): _encode_latin1,
-    ("collections", "OrderedDict"): dict,
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits dictionaries, lists, numbers, strings and numpy arrays."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ADMITTED[module, name]
-        except KeyError:
-            raise _Refused(f"{module}.{name}") from None
-
-
-def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with path.open("rb") as file:
-            checkpoint = _ArrayUnpickler(file, encoding="latin1").load()
-    except _Refused as error:
-        raise CheckpointError(
-            f"refused: only numpy arrays are read from a pickle, this one asks for {error}"
-        ) from error
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(f"damaged pickle ({_first_line(error)}). {_AGAIN}") from error
-    if not isinstance(checkpoint, Mapping):
-        raise CheckpointError(f"expected a dictionary of arrays, found {type(checkpoint).__name__}")
-    arrays = checkpoint["model"] if isinstance(checkpoint.get("model"), Mapping) else checkpoint
-    return unwrap({key: _as_tensor(key, value) for key, value in arrays.items()})
-
-
-def _as_tensor(key: str, value: Any) -> Any:
-    if not isinstance(value, np.ndarray):
-        return value
-    try:
-        return torch.from_numpy(np.array(value))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{key}: torch has no {value.dtype}") from error
-
-
-_READERS: dict[str, Callable[[Path], tuple[dict[str, Tensor], dict[str, Any]]]] = {
-    ".safetensors": _read_safetensors,
-    ".pth": _read_torch,
-    ".pt": _read_torch,
-    ".bin": _read_torch,
-    ".pkl": _read_pickle,
-}
-
-
-def write_safetensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file in one step: a reader sees the old file or the new one, never half of it.
-
-    Args:
-        path: its directory must exist.
-        tensors: any device, any strides, may share memory.
-        metadata: goes into the header, with ``format: pt``.
-
-    Raises:
-        TypeError: if a value of ``metadata`` is not a string.
-    """
-    path = Path(path)
-    header = {"format": "pt", **(metadata or {})}
-    if wrong := {key: value for key, value in header.items() if not isinstance(value, str)}:
-        raise TypeError(f"safetensors metadata must be strings, got {wrong}: use json.dumps")
-    # a copy each, because safetensors refuses shared memory
-    copies = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
-    }
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask allows; safetensors would leave 0600
-        save_file(copies, temporary, metadata=header)
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
@@ -472,6 +288,20 @@ def _agreed_labels(stated: LabelSpace | None, count: int, ours: LabelSpace) -> L
     if len(stated) != count:
         raise CheckpointError(f"its classifier has rows for {count} classes, but its label space names {len(stated)}")
     return stated
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
+    """Compare the shapes in a native file's header with a state dict, which may be on the meta device.
+
+    Raises:
+        CheckpointError: with the keys that do not fit.
+    """
+    new = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    missing = [key for key in expected if key not in new]
+    unused = [key for key in new if key not in expected]
+    wrong = [key for key in expected if key in new and new[key].shape != expected[key].shape]
+    if missing or unused or wrong:
+        raise CheckpointError(_mismatch(new, expected, missing, unused, wrong))
 
 
 def _mismatch(

@@ -52,8 +52,8 @@ class Fault:
     The kinds:
 
     * ``drop``: the connection is reset. With ``after=None`` the request has no effect and gets no answer; with
-      ``after=n`` it has its effect, and the reset follows n bytes of the answer's body (``after=0`` on the POST of a
-      commit: the commit is made, its author does not learn of it).
+      ``after=0`` it has its effect and gets no answer (a commit is made, its author does not learn of it); with
+      ``after=n`` the reset follows n bytes of the answer's body, of which the client may lose the last.
     * ``truncate``: the headers announce the whole body, ``after`` bytes of it come, and the connection is closed in
       good order. The client takes this for a broken transfer, and resumes it.
     * ``shorten``: a complete answer, of the first ``after`` bytes only: what a faulty proxy makes of a file.
@@ -281,6 +281,9 @@ class _Connection(BaseHTTPRequestHandler):
             hub._closing.wait(fault.seconds)
         answer = _disturbed(hub, call, fault)
         hub.requests.append(Request(self.command, path, answer.status))
+        if fault and fault.kind == "drop" and fault.after == 0:
+            self._reset()
+            return
         with contextlib.suppress(ConnectionError):  # the client went away: its business
             self._write(answer, fault)
 

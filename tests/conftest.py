@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # read when huggingface_hub is imported; LoopbackHub has no Xet
+
 import hypothesis
 import pytest
 import torch

@@ -20,15 +20,10 @@ CASES = {
         {**_SWIN, "fpn_norm": False, "pretrained_cfg": get_pretrained_cfg("atss_swin_large_dyhead6")},
     ),
 }
-GRAD_NAMES = {
-    "backbone.layer4.0.conv2.weight": "backbone.body.layer4.0.conv2.weight",
-    "backbone.stages.2.blocks.1.attn.w_msa.qkv.weight": "backbone.body.layers.2.blocks.1.attn.qkv.weight",
-    "neck.1.dyhead_blocks.0.spatial_conv_offset.weight": "neck.dyhead.blocks.0.spatial.offset.weight",
-    "neck.lateral_convs.0.conv.weight": "neck.fpn.lateral.0.weight",
-    "bbox_head.cls_convs.0.conv.weight": "head.cls_tower.0.conv.weight",
-    "bbox_head.atss_cls.weight": "head.cls_logits.weight",
-    "bbox_head.scales.1.scale": "head.scales",
-}
+STAGES = {"cls": "cls_logits", "reg": "box_deltas", "ctr": "centerness"}
+"""Stored stage to the field of the raw output."""
+LOSSES = {"loss_cls": "loss_cls", "loss_box": "loss_bbox", "loss_centerness": "loss_centerness"}
+"""Our loss term to the stored one."""
 
 
 @pytest.fixture(params=CASES)
@@ -61,8 +56,8 @@ def test_features_outputs_and_detections(case, batch):
         for i, level in enumerate(detector.neck(features) if "dyhead.0" in reference else []):
             assert_near(level[:, :16], reference[f"dyhead.{i}"], f"dyhead {i}")
         raw = detector(images, sizes)
-        for key, levels in (("cls", raw.cls_logits), ("reg", raw.box_deltas), ("ctr", raw.centerness)):
-            for i, level in enumerate(levels):
+        for key, field in STAGES.items():
+            for i, level in enumerate(getattr(raw, field, ())):
                 assert_near(level, reference[f"{key}.{i}"], f"{key} {i}")
         for i, detections in enumerate(detector.decode(raw)):
             assert len(detections) > 0
@@ -76,15 +71,17 @@ def test_losses_and_gradients(case):
     for parameter in detector.parameters():
         parameter.requires_grad_(True)
     losses = detector.loss(detector(images, sizes), targets)
-    for ours, theirs in (("loss_cls", "loss_cls"), ("loss_box", "loss_bbox"), ("loss_centerness", "loss_centerness")):
-        expected = torch.tensor(sum(kit.losses["losses"][theirs]))
-        torch.testing.assert_close(losses[ours].detach(), expected, rtol=1e-4, atol=1e-6)
+    for name, loss in losses.items():
+        stored = kit.losses["losses"][LOSSES[name]]
+        expected = torch.tensor(sum(stored) if isinstance(stored, list) else stored)
+        torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-6)
     total = sum(losses.values())
     torch.testing.assert_close(total.detach(), torch.tensor(kit.losses["total"]), rtol=1e-4, atol=1e-6)
     total.backward()
-    parameters = dict(detector.named_parameters())
+    parameters, theirs = dict(detector.named_parameters()), kit.state_dict()
     for name, norm in kit.losses["grad_norms"].items():
-        gradient = parameters[GRAD_NAMES[name]].grad
+        (ours,) = convert_mmdet({name: theirs[name]})
+        gradient = parameters[ours].grad
         gradient = gradient[int(name.split(".")[2])] if "scales" in name else gradient
         torch.testing.assert_close(gradient.norm(), torch.tensor(norm), rtol=2e-3, atol=0)
 

@@ -1,4 +1,7 @@
-"""Which anchors or points learn which object. Pure functions on the boxes of one image."""
+"""Which anchors or points learn which object. Pure functions on the boxes of one image.
+
+All return, per anchor or point, the index of its object, or ``BACKGROUND``, or ``IGNORED``: neither one nor the other.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
+
+BACKGROUND = -1
+IGNORED = -2
 
 
 @torch.no_grad()
@@ -47,3 +53,38 @@ def atss_assign(anchors: Tensor, per_level: Sequence[int], boxes: Tensor, top_k:
     claimed[candidate[positive], columns[positive]] = candidate_iou[positive]
     best, owner = claimed.max(1)
     return torch.where(best >= 0, owner, -1)
+
+
+@torch.no_grad()
+def max_iou_assign(
+    anchors: Tensor, boxes: Tensor, *, positive: float, negative: float, low_quality: str = "owner"
+) -> Tensor:
+    """The object of highest IoU, if that is at least ``positive``; background below ``negative``; ignored in between.
+
+    So that no object goes without, the anchors that overlap an object best are positives too, however little they
+    overlap it (Ren et al., arXiv:1506.01497, section 3.1.2).
+
+    Args:
+        anchors: (A, 4).
+        boxes: (N, 4) objects; N may be 0.
+        positive, negative: thresholds on the IoU.
+        low_quality: which object such an anchor learns: ``'owner'``: the one that it overlaps best of all anchors
+            (mmdet; the last one, if there are several); ``'best'``: its own best (detectron2, torchvision); ``'none'``:
+            there are no such anchors.
+
+    Returns:
+        (A,) int64.
+    """
+    if len(boxes) == 0 or len(anchors) == 0:
+        return torch.full((len(anchors),), BACKGROUND, dtype=torch.int64, device=anchors.device)
+    iou = box_iou(anchors, boxes)
+    best, owner = iou.max(1)
+    assigned = torch.where(best >= positive, owner, torch.where(best < negative, BACKGROUND, IGNORED))
+    if low_quality == "none":
+        return assigned
+    highest = iou.max(0).values
+    rescued = (iou == highest) & (highest > 0)  # (A, N)
+    if low_quality == "best":
+        return torch.where(rescued.any(1), owner, assigned)
+    last = torch.where(rescued, torch.arange(len(boxes), device=boxes.device), -1).amax(1)
+    return torch.where(last >= 0, last, assigned)

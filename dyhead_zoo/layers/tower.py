@@ -29,14 +29,22 @@ class ConvNorm(nn.Module):
 
 
 class ConvNormAct(nn.Module):
-    """3x3 convolution, GroupNorm, ReLU, as in FCOS and ATSS. Shapes: (B, C, H, W) -> (B, C, H, W)."""
+    """3x3 convolution, GroupNorm if ``norm``, ReLU. Shapes: (B, C, H, W) -> (B, C, H, W).
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: C.
+        norm: FCOS and ATSS normalise, RetinaNet does not.
+        bias: of the convolution; by default where no norm follows.
+    """
+
+    def __init__(self, channels: int, norm: bool = True, bias: bool | None = None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = group_norm(channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=not norm if bias is None else bias)
+        self.norm = group_norm(channels) if norm else nn.Identity()
         self.act = nn.ReLU(inplace=True)
         nn.init.normal_(self.conv.weight, std=0.01)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -45,5 +53,5 @@ class ConvNormAct(nn.Module):
 class ConvTower(nn.Sequential):
     """``depth`` times ``ConvNormAct``; with depth 0 the features pass unchanged."""
 
-    def __init__(self, channels: int, depth: int) -> None:
-        super().__init__(*(ConvNormAct(channels) for _ in range(depth)))
+    def __init__(self, channels: int, depth: int, norm: bool = True, bias: bool | None = None) -> None:
+        super().__init__(*(ConvNormAct(channels, norm, bias) for _ in range(depth)))

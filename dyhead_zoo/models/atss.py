@@ -19,9 +19,10 @@ from dyhead_zoo.layers.anchors import AnchorGenerator, DeltaCoder
 from dyhead_zoo.layers.assigners import atss_assign
 from dyhead_zoo.layers.losses import giou_loss, mean_over_ranks, sigmoid_focal_loss
 from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
+from dyhead_zoo.layers.targets import cells_inside, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
 from dyhead_zoo.ops.boxes import centerness
-from dyhead_zoo.pretrained import PretrainedCfg, bundled_record
+from dyhead_zoo.pretrained import COCO_SUBSET, PretrainedCfg, bundled_record
 from dyhead_zoo.registry import register_detector, register_family
 from dyhead_zoo.structures import DetectionTensors, Target
 from dyhead_zoo.weights import ClassRows
@@ -121,7 +122,7 @@ class ATSSHead(nn.Module):
         owners, valid = [], []
         for size, target in zip(raw.image_sizes.tolist(), targets, strict=True):
             inside = torch.cat(
-                [_inside(x, s, size, self.pad_divisor) for x, s in zip(raw.cls_logits, self.strides, strict=True)]
+                [cells_inside(x, s, size, self.pad_divisor) for x, s in zip(raw.cls_logits, self.strides, strict=True)]
             )
             counts = [int(part.sum()) for part in inside.split([len(level) for level in per_level])]
             owner = torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
@@ -143,7 +144,7 @@ class ATSSHead(nn.Module):
             quality = torch.cat([by_place(x, 1) for x in raw.centerness], dim=1).float().squeeze(-1)
             positive = owner >= 0
             image, place = positive.nonzero(as_tuple=True)
-            boxes, labels = _objects(targets, image, owner[positive])
+            boxes, labels = matched_objects(targets, image, owner[positive])
             num_positive = mean_over_ranks(positive.sum(1).clamp(min=1).sum().float())
             wanted = torch.zeros_like(logits)
             wanted[image, place, labels] = 1
@@ -177,22 +178,6 @@ class ATSSHead(nn.Module):
             max_detections=self.max_detections,
             rank_by_product=self.rank_by_product,
         )
-
-
-def _inside(x: Tensor, stride: int, image_size: list[int], divisor: int) -> Tensor:
-    """Cells of a map (B, C, H, W) that a picture of (height, width), rounded up to ``divisor``, reaches: (H * W,)."""
-    rows, columns = (-(-side // divisor) * divisor for side in image_size)
-    y = torch.arange(x.shape[-2], device=x.device) * stride < rows
-    z = torch.arange(x.shape[-1], device=x.device) * stride < columns
-    return (y[:, None] & z[None, :]).flatten()
-
-
-def _objects(targets: list[Target], image: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes (P, 4) and labels (P,) of object ``index`` of picture ``image``, both (P,)."""
-    first = torch.tensor([0, *(len(t["labels"]) for t in targets)][:-1], device=image.device).cumsum(0)
-    row = first[image] + index
-    boxes = torch.cat([t["boxes"] for t in targets]).to(image.device, torch.float32)
-    return boxes[row], torch.cat([t["labels"] for t in targets]).to(image.device)[row]
 
 
 @register_family("atss")
@@ -310,6 +295,8 @@ cfgs = {
     ),
     "atss_lite0_dyhead2.coco2148": _LITE.replace(
         **bundled_record("atss_lite0_dyhead2.coco2148"),
+        **COCO_SUBSET,
+        base_model="timm/tf_efficientnet_lite0.in1k",
         description="Trained from ImageNet weights on 2,148 COCO photos of at most 384 px, on two CPU cores: to try "
         "things out and to fine-tune from, not for accuracy.",
     ),

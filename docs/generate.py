@@ -1,0 +1,207 @@
+"""Write what the documentation takes from the code, the records and a real forward pass.
+
+    python docs/generate.py           write the tables of results.md and dyhead.md, and the figures
+    python docs/generate.py --check   write nothing; exit status 1 if any of them is stale
+
+A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` of its page; the rest of a page is written by
+hand. Figures measured by us come from ``hub/<name.tag>/eval.json``, those of others from the ``reported`` field of the
+weights' ``PretrainedCfg``. The two never share a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dyhead_zoo import get_pretrained_cfg, list_detectors, list_pretrained, list_tags
+from dyhead_zoo.engine.evaluate import METRIC_NAMES
+
+DOCS = Path(__file__).parent
+HUB = DOCS.parent / "hub"
+TOLERANCE = 0.02
+"""Numbers of a figure may differ by this share between machines; anything larger is stale."""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table that the reader of the site can sort and filter."""
+    lines = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
+    return '<div class="sortable" markdown>\n\n' + "\n".join(f"| {line} |" for line in lines) + "\n\n</div>"
+
+
+def percent(value: float | None) -> str:
+    """A figure in 0..1 in percent; empty where there was nothing to measure."""
+    return "" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def records() -> dict[str, dict[str, Any]]:
+    """Evaluation records by ``name.tag``."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(HUB.glob("*/eval.json"))}
+
+
+def card_link(name: str) -> str:
+    """The name, linked to its model card where there is one."""
+    card = DOCS / "cards" / name / "README.md"
+    return f"[`{name}`](cards/{name}/README.md)" if card.is_file() else f"`{name}`"
+
+
+def measured() -> str:
+    """What we measured, one row per record."""
+    rows = []
+    for name, record in records().items():
+        person = next((c for c in record["per_class"] if c["name"] == "person"), {})
+        numbers = [percent(record["metrics"][metric]) for metric in METRIC_NAMES]
+        low_high = (record.get("intervals") or {}).get("AP", ())
+        interval = " to ".join(percent(value) for value in low_high)
+        where = get_pretrained_cfg(name).measured_on or ""
+        rows.append([card_link(name), numbers[0], interval, *numbers[1:], percent(person.get("AP")), where])
+    header = ["weights", "AP", "95 % interval of AP", *METRIC_NAMES[1:], "person AP", "measured on"]
+    return table(header, rows)
+
+
+def reported() -> str:
+    """What others report of weights that we can load, one row per tag."""
+    rows = []
+    for name in list_pretrained():
+        cfg = get_pretrained_cfg(name)
+        if cfg.reported:
+            by = cfg.reported_by or "unknown"
+            rows.append([f"`{name}`", f"{cfg.reported['AP']:.1f}", by, _side(cfg), cfg.license or "not stated"])
+    return table(["weights", "AP", "reported by", "shorter / longer side", "licence"], rows)
+
+
+def _side(cfg: Any) -> str:
+    return f"{cfg.short_side} / {cfg.long_side}"
+
+
+def per_class() -> str:
+    """AP of every class, one row per record and class."""
+    rows = [
+        [f"`{name}`", entry["name"], str(entry["num_gts"]), percent(entry["AP"]), percent(entry["AP50"])]
+        for name, record in records().items()
+        for entry in record["per_class"]
+    ]
+    return table(["weights", "class", "objects", "AP", "AP50"], rows)
+
+
+def names() -> str:
+    """Registered names, where their weights come from, and their tags."""
+    rows = []
+    for name in list_detectors(exclude="test_*"):
+        tags = ", ".join(f"`{tag}`" for tag in list_tags(name))
+        rows.append([f"`{name}`", get_pretrained_cfg(name).status, tags])
+    return table(["name", "weights", "tags, the default first"], rows)
+
+
+def released_shapes(seen: Any) -> str:
+    """The shape after each step of the first released block, one row per level."""
+    from figures import level_name, show
+
+    r, rows, first = seen.released, [], 0
+    for level, (x, branches) in enumerate(zip(r["input"], r["branches"], strict=True)):
+        mid = r["mid"][level]
+        high = f"{show(r['high'][level][1])}, {show(r['high'][level][2])}" if level + 1 < len(r["input"]) else "none"
+        weights = f"{len(branches)} × ({show(r['scale'][first])})"
+        first += len(branches)
+        task = show(seen.blocks[0].task[level].shape)
+        cells = [show(x), f"{show(mid[1])}, {show(mid[2])}", high, f"{len(branches)} × ({show(branches[0])})"]
+        rows.append([level_name(level), *cells, weights, show(r["task"][level]), task, show(r["task"][level])])
+    header = ["level", "x", "offsets, masks", "those of the coarser branch", "after spatial: branches", "scale weights"]
+    return _plain([*header, "after scale: mean", "task coefficients", "after task"], rows)
+
+
+def paper_shapes(seen: Any) -> str:
+    """The shape after each step of the first block in the paper's formulation."""
+    from figures import show
+
+    p, levels = seen.paper, ", ".join(show(shape) for shape in seen.released["input"])
+    rows = [
+        ["levels, resized to the median level", "", show(p["input"])],
+        ["scale", f"weights {show(p['weights'])}", show(p["scaled"])],
+        ["spatial", f"offsets {show(p['offsets'])}, masks {show(p['masks'])}", show(p["sampled"])],
+        ["task", f"a1, b1, a2, b2: 4 × ({show(p['coefficients'])})", show(p["activated"])],
+        ["levels, resized back after the last block", "", levels],
+    ]
+    return _plain(["step", "attention", "features afterwards"], rows)
+
+
+def _plain(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
+def fill(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """A page with its generated tables replaced.
+
+    Raises:
+        ValueError: if the page lacks the place of a table.
+    """
+    for name, make in tables.items():
+        place = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        if not place.search(page):
+            raise ValueError(f"no place for the table {name!r}: add <!-- begin {name} --> and <!-- end {name} -->")
+        content = make()
+        page = place.sub(lambda m, content=content: f"{m[1]}{content}{m[2]}", page)  # type: ignore[misc]
+    return page
+
+
+def generated() -> dict[Path, str]:
+    """Every generated file with its content."""
+    from figures import attention_figure, forward_pass, shapes_figure
+
+    seen = forward_pass()
+    pages: dict[str, dict[str, Callable[[], str]]] = {
+        "results.md": {"measured": measured, "reported": reported, "per class": per_class},
+        "detectors.md": {"names": names},
+        "dyhead.md": {
+            "released shapes": lambda: released_shapes(seen),
+            "paper shapes": lambda: paper_shapes(seen),
+        },
+    }
+    files = {DOCS / page: fill((DOCS / page).read_text(), tables) for page, tables in pages.items()}
+    files[DOCS / "assets" / "attention.svg"] = attention_figure(seen)
+    files[DOCS / "assets" / "shapes.svg"] = shapes_figure(seen)
+    return files
+
+
+def same(committed: str, fresh: str) -> bool:
+    """Equal but for pictures within an SVG, whose bytes depend on libraries, and for the last digits of its numbers."""
+    number = re.compile(r"-?\d+\.\d+")
+    old, new = (re.sub(r"base64,[^\"]*", "", text) for text in (committed, fresh))
+    if number.sub("", old) != number.sub("", new):
+        return False
+    pairs = zip(number.findall(old), number.findall(new), strict=True)
+    return all(math.isclose(float(a), float(b), rel_tol=TOLERANCE, abs_tol=TOLERANCE) for a, b in pairs)
+
+
+def stale(files: Mapping[Path, str]) -> list[Path]:
+    """Files whose committed content is not the generated one."""
+
+    def fits(path: Path, text: str) -> bool:
+        old = path.read_text() if path.is_file() else ""
+        return same(old, text) if path.suffix == ".svg" else old == text
+
+    return [path for path, text in files.items() if not fits(path, text)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write or check; 1 if something is stale."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a file is stale")
+    args = parser.parse_args(argv)
+    files = generated()
+    old = stale(files)
+    for path in old:
+        print(f"{path.relative_to(DOCS.parent)} {'is stale: run python docs/generate.py' if args.check else 'written'}")
+        if not args.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(files[path])
+    return 1 if args.check and old else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

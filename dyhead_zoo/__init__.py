@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dyhead_zoo.engine.evaluate import evaluate
     from dyhead_zoo.engine.train import train
     from dyhead_zoo.factory import create_detector
+    from dyhead_zoo.hub import pull, push_to_hub, save_for_hub
     from dyhead_zoo.pretrained import PretrainedCfg
     from dyhead_zoo.registry import (
         detector_entrypoint,
@@ -42,6 +43,9 @@ _HOME = {
     "train": "engine.train",
     "TrainConfig": "engine.config",
     "create_detector": "factory",
+    "pull": "hub",
+    "push_to_hub": "hub",
+    "save_for_hub": "hub",
     "PretrainedCfg": "pretrained",
     "detector_entrypoint": "registry",
     "get_pretrained_cfg": "registry",
@@ -79,7 +83,10 @@ __all__ = [
     "list_pretrained",
     "list_tags",
     "load_checkpoint",
+    "pull",
+    "push_to_hub",
     "register_detector",
+    "save_for_hub",
     "train",
 ]
 

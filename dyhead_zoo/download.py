@@ -4,6 +4,8 @@ Environment:
     DYHEAD_ZOO_CACHE: where downloads are kept; default ``$XDG_CACHE_HOME/dyhead_zoo`` or ``~/.cache/dyhead_zoo``.
         Files from the Hub stay in its own cache (``HF_HOME``).
     DYHEAD_ZOO_OFFLINE, HF_HUB_OFFLINE: ``1`` forbids the network; what is cached keeps working.
+    DYHEAD_ZOO_BUNDLED: ``0`` passes over the weights in the package, so that they come from the Hub.
+    HF_TOKEN, HF_ENDPOINT: for private repositories, and for another Hub.
 """
 
 from __future__ import annotations
@@ -13,20 +15,17 @@ import hashlib
 import http.client
 import logging
 import os
+import re
 import urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
-from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 from dyhead_zoo.pretrained import BUNDLED, PretrainedCfg
 from dyhead_zoo.version import __version__
-
-HUB_FILE = "model.safetensors"
-"""Name of the weight file in a Hub repository."""
-
+from dyhead_zoo.weight_files import CONFIG_FILE, WEIGHTS_FILE
 
 _TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 1 << 20
@@ -37,6 +36,10 @@ _logger = logging.getLogger(__name__)
 
 class DownloadError(OSError):
     """No source gave the file; the message lists each with its reason."""
+
+
+class MissingFile(DownloadError):
+    """A repository that has no file of this name, or that has none of it in the cache while the network is out."""
 
 
 class HashMismatch(ValueError):
@@ -70,13 +73,13 @@ def offline() -> str | None:
 def fetch(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path:
     """Local path of the weight file of ``cfg``, downloaded if need be.
 
-    A file in the package comes first, then the Hub where its hash is known (or there is no URL), then the URL and its
-    mirrors. Whatever hash the record states is checked at every use. Where it states none, the hash of the first
-    download is kept beside the cached file (``<file>.sha256``) and holds from then on.
+    A file in the package comes first (unless ``DYHEAD_ZOO_BUNDLED=0``), then the Hub where its hash is known (or there
+    is no URL), then the URL and its mirrors. Whatever hash the record states is checked at every use. Where it states
+    none, the hash of the first download is kept beside the cached file (``<file>.sha256``) and holds from then on.
 
     Args:
         cfg: record of the weights.
-        cache_dir: instead of the default cache of URL downloads.
+        cache_dir: instead of the default caches.
 
     Raises:
         ValueError: if the record names no weights at all.
@@ -84,14 +87,16 @@ def fetch(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path:
         HashMismatch: for such a file with another hash.
         DownloadError: if no source gave the right file, or the network is forbidden.
     """
-    if cfg.file:
-        return _local_file(cfg.file, cfg.sha256)
     failures = []
+    if cfg.file and (Path(cfg.file).is_absolute() or os.environ.get("DYHEAD_ZOO_BUNDLED") != "0"):
+        return _local_file(cfg.file, cfg.sha256)
+    if cfg.file:
+        failures.append(f"{cfg.file} in the package: DYHEAD_ZOO_BUNDLED=0 says to pass it over")
     if cfg.hf_hub_id and (cfg.sha256 or not cfg.url):
         try:
-            return _from_hub(cfg)
-        except Exception as error:  # the client's HTTP library, and with it the errors, differ between its versions
-            failures.append(f"{cfg.hf_hub_id} on the Hub: {_one_line(error)}")
+            return _from_hub(cfg, cfg.hf_hub_id, cache_dir)
+        except DownloadError as error:
+            failures.append(f"{cfg.hf_hub_id} on the Hub: {error}")
     if cfg.url:
         return _from_urls(cfg, cfg.url, cache_directory(cache_dir), failures)
     if failures:
@@ -110,18 +115,6 @@ def _local_file(name: str, sha256: str | None) -> Path:
     return path
 
 
-def _from_hub(cfg: PretrainedCfg) -> Path:
-    # etags make the Hub's cache notice a new file, but not a damaged one
-    path = Path(
-        hf_hub_download(
-            str(cfg.hf_hub_id), HUB_FILE, revision=cfg.hf_hub_revision, local_files_only=offline() is not None
-        )
-    )
-    if problem := _hash_problem(path, cfg.sha256):
-        raise HashMismatch(f"{path} is damaged, or not the published file ({problem}): delete it to fetch it again")
-    return path
-
-
 def _hash_problem(path: Path, sha256: str | None, prefix: str | None = None) -> str | None:
     """What is wrong with the hash of a file, or None; only hashes that are given are checked."""
     expected = [value.lower() for value in (sha256, prefix) if value]
@@ -129,6 +122,134 @@ def _hash_problem(path: Path, sha256: str | None, prefix: str | None = None) -> 
         return None
     actual = sha256_of(path)
     return next((f"SHA-256 is {actual}, expected {e:.<64}" for e in expected if not actual.startswith(e)), None)
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+def _from_hub(cfg: PretrainedCfg, repo_id: str, cache_dir: str | Path | None) -> Path:
+    """The weights of a record; ``config.json`` is asked for because the Hub counts its requests as downloads."""
+    commit = hub_file(repo_id, CONFIG_FILE, revision=cfg.hf_hub_revision, cache_dir=cache_dir).parent.name
+    return hub_file(repo_id, WEIGHTS_FILE, revision=commit, cache_dir=cache_dir, sha256=cfg.sha256)
+
+
+def hub_file(
+    repo_id: str,
+    name: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    sha256: str | None = None,
+) -> Path:
+    """A file of a Hub repository, in the Hub's cache, its bytes checked at every use.
+
+    The client downloads in one step and resumes what breaks off, but it does not hash. Damaged files are downloaded
+    again, once; a file that is wrong again does not stay in the cache.
+
+    Args:
+        repo_id: ``org/name``.
+        name: of the file.
+        revision: branch, tag or commit; main by default.
+        cache_dir: instead of the Hub's default cache.
+        token: for private repositories; by default the one of ``HF_TOKEN`` or of ``hf auth login``.
+        sha256: that the file must have; by default the hash that the Hub states for it.
+
+    Returns:
+        ``<cache>/.../snapshots/<commit>/<name>``.
+
+    Raises:
+        MissingFile: if the repository has no such file, or the cache has none and there is no network.
+        DownloadError: if it cannot be had or is wrong; the message says what to do.
+    """
+    path = _hub_download(repo_id, name, revision, cache_dir, token)
+    if problem := _hub_problem(path, sha256):
+        if setting := offline():
+            raise DownloadError(f"{path} is damaged ({problem}), and {setting} forbids to download it again")
+        _logger.warning("%s is damaged (%s) and is downloaded again", path, problem)
+        path = _hub_download(repo_id, name, revision, cache_dir, token, force=True)
+        if problem := _hub_problem(path, sha256):
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise DownloadError(f"{repo_id} gave twice another {name} than the published one: {problem}")
+    return path
+
+
+def _hub_problem(path: Path, sha256: str | None) -> str | None:
+    """What is wrong with a cached file, or None.
+
+    Behind the links of the cache lies a file that is named by the Hub's entity tag: the SHA-256 of a large file, git's
+    SHA-1 of a small one (some mirrors give the plain SHA-1). File systems without links have no such name to check.
+    """
+    etag = path.resolve().name
+    if sha256 or re.fullmatch(r"[0-9a-f]{64}", etag):
+        return _hash_problem(path, sha256 or etag)
+    if not re.fullmatch(r"[0-9a-f]{40}", etag):
+        return None
+    data = path.read_bytes()
+    found = [hashlib.sha1(prefix + data).hexdigest() for prefix in (b"blob %d\0" % len(data), b"")]
+    return None if etag in found else f"git's SHA-1 is {found[0]}, expected {etag}"
+
+
+def _hub_download(
+    repo_id: str, name: str, revision: str | None, cache_dir: str | Path | None, token: str | None, force: bool = False
+) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(
+            hf_hub_download(
+                repo_id,
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                endpoint=os.environ.get("HF_ENDPOINT"),  # the client knows only what it was at its import
+                force_download=force,
+                local_files_only=offline() is not None,
+            )
+        )
+    except Exception as error:  # those of the client's HTTP library, which differs between its versions, come through
+        kind = MissingFile if _says_missing(error) else DownloadError
+        raise kind(explain_hub_error(error, repo_id, revision, name)) from error
+
+
+def _says_missing(error: Exception) -> bool:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    return isinstance(error, EntryNotFoundError)
+
+
+def explain_hub_error(error: Exception, repo_id: str, revision: str | None = None, name: str | None = None) -> str:
+    """What an error of the Hub's client means, and what to do about it.
+
+    Args:
+        error: as raised by the client.
+        repo_id, revision, name: what was asked for.
+    """
+    from huggingface_hub import errors
+
+    at = f" at {revision}" if revision else ""
+    login = "set HF_TOKEN, or run `hf auth login`"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo_id} is gated: ask its owners for access on its page, then {login}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{repo_id} does not exist, or is private and not for this token (the Hub does not tell which): check the "
+            f"name; for a private one {login}"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo_id} has no branch, tag or commit {revision!r}"
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        if setting := offline():
+            return (
+                f"{name or repo_id} of {repo_id}{at} is not in the cache, and {setting} forbids the network: unset it"
+            )
+        cause = error.__cause__ or error.__context__ or error
+        return f"{name or repo_id} of {repo_id}{at} could not be fetched, and is not in the cache ({_one_line(cause)})"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"{repo_id}{at} has no {name}"
+    return f"{name or 'the answer'} of {repo_id}{at} could not be had ({_one_line(error)}): try again"
 
 
 # --- URLs -------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,14 @@ from torch import Tensor, nn
 
 from dyhead_zoo import registry
 from dyhead_zoo.data.label_space import LabelSpace
-from dyhead_zoo.detector import FORMAT_VERSION, Detector
+from dyhead_zoo.detector import Detector
+from dyhead_zoo.hub import fetch_repository
 from dyhead_zoo.layers.backbone import Backbone, backbone_data_config, resolve_backbone_name
 from dyhead_zoo.layers.fpn import Neck
 from dyhead_zoo.pretrained import PretrainedCfg
-from dyhead_zoo.weights import CheckpointError, LoadReport, fetch, load_checkpoint, read_state_dict
+from dyhead_zoo.saved import check_weights, saved_config
+from dyhead_zoo.weight_files import weights_in
+from dyhead_zoo.weights import LoadReport, fetch, load_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -53,8 +55,9 @@ def create_detector(
 
     Args:
         name: a registered name with an optional tag (``atss_resnet50_dyhead6.official_1x_coco``), a grammar name
-            (``atss_<any timm backbone>_dyhead<N>``), or ``local-dir:<path>``: a folder with ``config.json`` and
-            ``model.safetensors``, or a weight file that ``train`` wrote.
+            (``atss_<any timm backbone>_dyhead<N>``), ``hf-hub:<org>/<repository>[@<revision>]``: a detector on the
+            Hugging Face Hub, or ``local-dir:<path>``: a folder with ``config.json`` and ``model.safetensors``, or a
+            weight file that ``train`` wrote. The last two load their weights whatever ``pretrained`` is.
         pretrained: load the tag's weights: bundled, from the cache, or downloaded and verified.
         num_classes: rows of the classifier; the classes stay unnamed unless they are the weights' own.
         class_names: names of the classes, in the order of the labels. Rows of classes that the weights name too are
@@ -65,7 +68,8 @@ def create_detector(
             timm's layout works offline. Not used when detector weights are loaded.
         checkpoint: detector weights of your own, see ``load_checkpoint``. A file that names its classes decides the
             classes, unless ``num_classes`` or ``class_names`` does.
-        cache_dir: where downloads are kept; default ``$DYHEAD_ZOO_CACHE`` or ``~/.cache/dyhead_zoo``.
+        cache_dir: where downloads are kept; default ``$DYHEAD_ZOO_CACHE`` or ``~/.cache/dyhead_zoo``, for those from
+            the Hub its own cache.
         **kwargs: arguments of the backbone, neck or head, such as ``coarse_offsets='aligned'`` or ``frozen_stages=1``.
 
     Returns:
@@ -74,17 +78,24 @@ def create_detector(
     Raises:
         UnknownDetectorError: for unknown names and tags, with similar ones.
         ValueError: for arguments that no part knows, or that contradict the weights to be loaded.
+        DownloadError: if weights cannot be had; the message says why, and what to do.
     """
     user = dict(kwargs, num_classes=num_classes, class_names=class_names, backbone=backbone)
     user.update(pretrained_backbone=pretrained_backbone, checkpoint=checkpoint, cache_dir=cache_dir)
     user = {key: value for key, value in user.items() if value is not None}
+    if in_chans < 1:
+        raise ValueError(f"in_chans={in_chans}: images have at least one channel")
     if in_chans != 3:
         user["in_chans"] = in_chans
     scheme, _, rest = name.partition(":")
     if scheme == "local-dir":
         return _from_saved(Path(rest), user)
+    if scheme == "hf-hub":
+        return _from_hub(rest, user)
     if "/" in name or "\\" in name or ":" in name:
-        raise registry.UnknownDetectorError(f"{name!r} is no detector name; for a folder use 'local-dir:{name}'")
+        raise registry.UnknownDetectorError(
+            f"{name!r} is no detector name; for a folder use 'local-dir:{name}', for a Hub repository 'hf-hub:ORG/REPO'"
+        )
     arch, tag = registry.split_name(name)
     if registry.is_detector(arch):
         cfg = registry.get_pretrained_cfg(f"{arch}.{tag}" if tag else arch)
@@ -100,43 +111,14 @@ def create_detector(
     return family(arch, pretrained, user, backbone=backbone_name, dyhead=dyhead, fpn_norm=True)
 
 
-def saved_config(path: str | Path) -> dict[str, Any] | None:
-    """The record (``Detector.config()``) of a saved detector: a folder's ``config.json``, or a weight file's header.
-
-    Returns:
-        None for a weight file without such a record.
-
-    Raises:
-        FileNotFoundError: if there is nothing at ``path``, or no ``config.json`` in the folder.
-        CheckpointError: for a damaged weight file.
-        ValueError: for a record that is damaged, or of a newer format.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            config = json.loads((path / "config.json").read_text())
-        else:
-            if path.is_file() and path.suffix != ".safetensors":
-                return None  # other tools' metadata have a "config" too
-            header = read_state_dict(path)[1]
-            if "config" not in header:
-                return None
-            config = json.loads(header["config"])
-        version, _ = config["format_version"], dict(config["arch"])
-        PretrainedCfg.from_dict(config["pretrained_cfg"])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path}: expected a folder with config.json and model.safetensors, or a weight file ({error})"
-        ) from error
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no detector that dyhead_zoo saved: {error!r}") from error
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {version}, this dyhead_zoo reads up to {FORMAT_VERSION}: upgrade dyhead_zoo"
-        )
-    return dict(config)
+def _from_hub(name: str, user: dict[str, Any]) -> Detector:
+    """``org/repo[@revision]`` to the detector that is saved there."""
+    repo_id, _, revision = name.partition("@")
+    folder = fetch_repository(repo_id, revision or None, cache_dir=user.get("cache_dir"))
+    detector = _from_saved(folder, user)
+    origin = {"file": None, "hf_hub_id": repo_id, "hf_hub_revision": folder.name}  # the cache names folders by commit
+    detector.pretrained_cfg = detector.pretrained_cfg.replace(**origin)
+    return detector
 
 
 def _from_saved(path: Path, user: dict[str, Any]) -> Detector:
@@ -145,15 +127,20 @@ def _from_saved(path: Path, user: dict[str, Any]) -> Detector:
         raise ValueError(
             f"{path} does not say which detector it belongs to: use create_detector(NAME, checkpoint={str(path)!r})"
         )
-    weights = path / "model.safetensors" if path.is_dir() else path
+    weights = (weights_in(path) if path.is_dir() else path).resolve()
     cfg = PretrainedCfg.from_dict(config["pretrained_cfg"]).replace(
-        file=str(weights.resolve()), source="native", sha256=None, hash_prefix=None, arch=config["arch"]
+        file=str(weights), source="native", sha256=None, hash_prefix=None, arch=config["arch"]
     )
     name = config["name"]
-    if registry.is_detector(name):
-        return registry.detector_entrypoint(name)(True, **{**user, "pretrained_cfg": cfg})
-    family, backbone, dyhead = registry.parse_grammar(name)
-    return family(name, True, {**user, "pretrained_cfg": cfg}, backbone=backbone, dyhead=dyhead)
+
+    def build(pretrained: bool, arguments: dict[str, Any]) -> Detector:
+        if registry.is_detector(name):
+            return registry.detector_entrypoint(name)(pretrained, **{**arguments, "pretrained_cfg": cfg})
+        family, backbone, dyhead = registry.parse_grammar(name)
+        return family(name, pretrained, {**arguments, "pretrained_cfg": cfg}, backbone=backbone, dyhead=dyhead)
+
+    check_weights(weights, lambda: build(False, {}))
+    return build(True, user)
 
 
 def build_detector(

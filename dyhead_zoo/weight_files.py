@@ -20,9 +20,10 @@ from torch import Tensor
 
 from dyhead_zoo.convert import CheckpointError, unwrap
 
+CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-"""Names of the weights in a saved folder or a repository: one file, or shards that the index names."""
+"""Names in a saved folder or a repository: its record, and its weights, one file or shards that the index names."""
 
 
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -141,11 +141,11 @@ def fill(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
         ValueError: if the page lacks the place of a table.
     """
     for name, make in tables.items():
-        place = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        place = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not place.search(page):
             raise ValueError(f"no place for the table {name!r}: add <!-- begin {name} --> and <!-- end {name} -->")
         content = make()
-        page = place.sub(lambda m, content=content: f"{m[1]}{content}{m[2]}", page)  # type: ignore[misc]
+        page = place.sub(lambda m, content=content: f"{m[1]}{content}\n{m[2]}", page)  # type: ignore[misc]
     return page
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``dyhead-zoo list | info | predict | eval | train | benchmark``.
+"""The command line: ``dyhead-zoo list | info | predict | eval | train | benchmark | push | pull``.
 
 Each verb is one function that takes the parsed arguments. Nothing heavy is imported before a verb runs, so that
 ``--help`` answers at once.
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dyhead-zoo", description="A zoo of object detectors around Dynamic Head.")
     parser.add_argument("--version", action="version", version=f"dyhead-zoo {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for add in (_add_list, _add_info, _add_predict, _add_eval, _add_train, _add_benchmark):
+    for add in (_add_list, _add_info, _add_predict, _add_eval, _add_train, _add_benchmark, _add_push, _add_pull):
         verb = add(verbs)
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -205,8 +205,13 @@ def _add_eval(verbs: Any) -> argparse.ArgumentParser:
     verb.add_argument("name", metavar="NAME", help="detector, with or without a tag")
     _add_data_flags(verb, "")
     verb.add_argument(
-        "--output", type=Path, metavar="FILE", help="JSON file for the result, per-class figures included"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON file for the record: figures, by class too, their confidence intervals, and what ran",
     )
+    verb.add_argument("--data-name", metavar="TEXT", help="data set in words, for the record; default: the file's name")
+    verb.add_argument("--split", default="val", metavar="TEXT", help="its part, for the record; default: %(default)s")
     verb.add_argument(
         "--predictions", type=Path, metavar="FILE", help="JSON file for all detections, COCO results format"
     )
@@ -241,7 +246,10 @@ def run_eval(args: argparse.Namespace) -> int:
     )
     print(result.summary())
     if args.output:
-        _write(args.output, result.to_json())
+        from dyhead_zoo.engine.record import evaluation_record, record_to_json
+
+        data = {"dataset": args.data_name or args.annotations.name, "split": args.split}
+        _write(args.output, record_to_json(evaluation_record(detector, result, annotations=args.annotations, **data)))
     if args.predictions:
         _write(args.predictions, json.dumps(result.predictions) + "\n")
     return 0
@@ -366,6 +374,82 @@ def run_benchmark(args: argparse.Namespace) -> int:
     return 0
 
 
+# -- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+def _add_push(verbs: Any) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(
+        "push",
+        help="put a detector on the Hugging Face Hub",
+        description="Push a detector to a repository of the Hub, in one commit or none; `hf auth login` or HF_TOKEN says "
+        "who you are. A card that is there already stays unless --card gives another.",
+    )
+    verb.add_argument("detector", metavar="NAME|PATH", help="name.tag, a saved folder, or a weight file of train")
+    verb.add_argument("repo_id", metavar="ORG/REPO", help="created if need be")
+    verb.add_argument("--private", action="store_true", help="if the repository is created: for you alone")
+    verb.add_argument("--revision", metavar="BRANCH", help="default: main")
+    verb.add_argument("--tag", metavar="TAG", help="tag for the commit")
+    verb.add_argument("--card", type=Path, metavar="FILE", help="README.md")
+    verb.add_argument("--record", type=Path, metavar="FILE", help="record of the evaluation, from eval --output")
+    verb.add_argument(
+        "--message", default="Upload detector", metavar="TEXT", help="of the commit; default: %(default)s"
+    )
+    verb.add_argument("--dry-run", action="store_true", help="show what would be pushed; send nothing")
+    verb.set_defaults(run=run_push)
+    return verb
+
+
+def run_push(args: argparse.Namespace) -> int:
+    """Push a detector, or show what a push would send."""
+    import tempfile
+
+    from dyhead_zoo import create_detector, push_to_hub, save_for_hub
+
+    card = args.card.read_text(encoding="utf-8") if args.card else None
+    record = json.loads(args.record.read_text()) if args.record else None
+    path = Path(args.detector)
+    with tempfile.TemporaryDirectory() as temporary:
+        if path.is_dir() and record is None:
+            folder = path
+        else:
+            detector = create_detector(f"local-dir:{path}" if path.exists() else args.detector, pretrained=True)
+            folder = save_for_hub(detector, Path(temporary) / "detector", card=card, record=record)
+        if args.dry_run:
+            for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+                print(f"{file.stat().st_size:>12}  {file.relative_to(folder)}")
+            print(f"nothing was sent to {args.repo_id}: leave out --dry-run to push")
+            return 0
+        commit = push_to_hub(
+            folder,
+            args.repo_id,
+            private=args.private,
+            revision=args.revision,
+            card=card,
+            commit_message=args.message,
+            tag=args.tag,
+        )
+    print(f"pushed as {commit}: create_detector('hf-hub:{args.repo_id}@{args.tag or args.revision or commit}')")
+    return 0
+
+
+def _add_pull(verbs: Any) -> argparse.ArgumentParser:
+    verb = verbs.add_parser("pull", help="copy a detector from the Hugging Face Hub to a folder")
+    verb.add_argument("repo_id", metavar="ORG/REPO", help="with @REVISION for a branch, tag or commit")
+    verb.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="default: the repository's name")
+    verb.set_defaults(run=run_pull)
+    return verb
+
+
+def run_pull(args: argparse.Namespace) -> int:
+    """Pull a detector."""
+    from dyhead_zoo import pull
+
+    repo_id, _, revision = args.repo_id.partition("@")
+    folder = pull(repo_id, args.folder or Path(repo_id.rpartition("/")[2]), revision=revision or None)
+    print(f"pulled: create_detector('local-dir:{folder}')")
+    return 0
+
+
 # -- shared -----------------------------------------------------------------------------------------------------------
 
 
@@ -395,7 +479,7 @@ def _load_detector(name: str | None, args: argparse.Namespace) -> Detector:
     import torch
 
     from dyhead_zoo import DEFAULT_DETECTOR, create_detector
-    from dyhead_zoo.factory import saved_config
+    from dyhead_zoo.saved import saved_config
 
     _check_device(args.device)
     classes = {"class_names": args.class_names, "num_classes": args.num_classes}

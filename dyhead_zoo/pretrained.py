@@ -13,6 +13,8 @@ from dyhead_zoo.data.label_space import COCO_80, LabelSpace
 
 BUNDLED = Path(__file__).parent / "bundled"
 """Folder of the weights that ship with the package."""
+HUB_ORGANISATION = "dyhead-zoo"
+"""Whose repositories ``<organisation>/<name.tag>`` hold the weights that we publish."""
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -34,6 +36,12 @@ class PretrainedCfg:
             pass ``long_side``. ``rounding``: ``half_up`` (mmdet, detectron2) or ``floor`` (torchvision).
         pad_divisor: the canvas is rounded up to a multiple of it.
         arch: arguments of the architecture that the weights need; they apply whenever the tag is selected.
+        license: of the weights, by the Hub's name (``apache-2.0``), or of the code they came with where
+            ``license_url``, the page on which their publisher licenses the weights themselves, is missing.
+        data_license: terms of the training data, in a sentence.
+        datasets: Hub ids of the training data.
+        base_model: Hub id of the weights that the backbone started from, such as ``timm/resnet50.a1_in1k``.
+        limits: what the weights are bad at or must not be used for, a sentence each.
         reported: figures that somebody else states, in percent, with ``reported_by``; ``measured``: ours, in 0..1 as
             ``evaluate`` gives them, with ``measured_on``.
     """
@@ -64,6 +72,11 @@ class PretrainedCfg:
     arch: Mapping[str, Any] = field(default_factory=dict)
     # provenance
     license: str | None = None
+    license_url: str | None = None
+    data_license: str = ""
+    datasets: tuple[str, ...] = ()
+    base_model: str | None = None
+    limits: tuple[str, ...] = ()
     description: str = ""
     origin_url: str | None = None
     paper_ids: tuple[str, ...] = ()
@@ -114,9 +127,31 @@ class PretrainedCfg:
 
 
 def bundled_record(name: str) -> dict[str, Any]:
-    """``file``, ``sha256``, ``measured`` and ``measured_on`` of weights that ship with the package.
+    """What a cfg must say of weights that ship with the package: file and hash, place on the Hub, figures.
 
-    They stand in ``<name.tag>.json`` beside the weights; both files are written by ``hub/bundle.py``, never by hand.
+    It stands in ``<name.tag>.json`` beside the weights; both files are written by ``hub/bundle.py``, never by hand.
+
+    Args:
+        name: ``name.tag``.
+
+    Returns:
+        ``file``, ``sha256``, ``hf_hub_id``, ``hf_hub_revision``, ``measured`` and ``measured_on``.
     """
     record: dict[str, Any] = json.loads((BUNDLED / f"{name}.json").read_text())
     return record
+
+
+COCO_SUBSET: dict[str, Any] = {
+    "datasets": ("detection-datasets/coco",),
+    "data_license": "COCO annotations are CC BY 4.0 (COCO Consortium); the photos belong to their authors on Flickr, "
+    "under the licences that cocodataset.org/#termsofuse points to.",
+    "limits": (
+        "It was trained on 2,148 photos, most of which show a person; small objects and rare classes are mostly "
+        "missed.",
+        "Most of the training photos, and all that it was measured on, are from COCO val2017: it must not be scored "
+        "on val2017.",
+        "Half of the objects are smaller than 32 px at this size, and the S/M/L figures use box areas instead of mask "
+        "areas, so they do not compare with official ones.",
+    ),
+}
+"""What the cfgs of all weights trained on the 2,148 photos say of their data; see ``hub/data``."""

@@ -331,11 +331,8 @@ def test_an_image_that_two_processes_saw_counts_once(monkeypatch: pytest.MonkeyP
     assert module._merge_ranks({1: [first]}, world_size=2) == {1: [first], 2: [second], 3: []}
 
 
-def test_json_and_summary_show_missing_figures_as_missing(folder: Path) -> None:
+def test_summary_shows_missing_figures_as_missing(folder: Path) -> None:
     result = run(BrightnessDetector(LabelSpace.from_names(["lamp"])), folder)
-    content = json.loads(result.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert content["metrics"]["APs"] is None and content["metrics"]["AP50"] == pytest.approx(1)
-    assert content["num_images"] == 3 and "predictions" not in content
     lines = result.summary().splitlines()
     assert lines[0].split()[:4] == ["AP", "AP50", "AP75", "APs"]
     assert lines[1].split()[1] == "100.0" and lines[1].split()[3] == "-"

@@ -8,7 +8,6 @@ same bits in a fraction of the time.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import io
 import json
@@ -42,7 +41,7 @@ Record = dict[str, Any]
 
 @dataclass
 class EvalResult:
-    """What ``evaluate`` found.
+    """What ``evaluate`` found; ``engine.record.evaluation_record`` makes of it what is kept and published.
 
     Attributes:
         metrics: ``METRIC_NAMES`` to figures in 0..1; NaN where the data set holds nothing to measure it on.
@@ -64,11 +63,6 @@ class EvalResult:
     detector: str = ""
     backend: str = ""
     unknown_classes: tuple[str, ...] = ()
-
-    def to_json(self) -> str:
-        """Everything but the predictions; NaN, which JSON lacks, becomes ``null``."""
-        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "predictions"}
-        return json.dumps(_nan_to_none(content), indent=2, allow_nan=False) + "\n"
 
     def summary(self) -> str:
         """A table for the terminal: the twelve numbers in percent, then what they were measured on."""
@@ -209,19 +203,37 @@ def coco_metrics(
     Raises:
         ValueError: for a file that is not in COCO format, or predictions on images that it does not list.
     """
-    content = annotations if isinstance(annotations, Mapping) else read_annotations(annotations)
-    ids = [image["id"] for image in content["images"]]
-    if stray := sorted({p["image_id"] for p in predictions} - set(ids))[:5]:
-        raise ValueError(
-            f"predictions for image ids {stray} that the annotation file does not list: is it the right file?"
-        )
-    kept = set(ids) if image_ids is None else set(ids) & set(image_ids)
-    ground_truth = _complete(content, kept)
-    records = [dict(p) for p in predictions if p["image_id"] in kept]  # copies: loadRes writes into its records
-    evaluator = _run_cocoeval(ground_truth, records, sorted(kept), backend)
+    ground_truth, evaluator = _make_cocoeval(annotations, predictions, image_ids, backend)
+    with contextlib.redirect_stdout(io.StringIO()):  # COCOeval prints its progress
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
     metrics = {name: _missing_to_nan(v) for name, v in zip(METRIC_NAMES, evaluator.stats, strict=True)}
     counts = Counter(a["category_id"] for a in ground_truth["annotations"] if not a["iscrowd"])
     return metrics, _per_class(evaluator, ground_truth["categories"], counts)
+
+
+def match_images(
+    annotations: str | Path | Mapping[str, Any],
+    predictions: Sequence[Mapping[str, Any]],
+    *,
+    image_ids: Collection[int] | None = None,
+    backend: Backend = "auto",
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Which detections COCOeval matches to which objects, image by image, for objects of all sizes.
+
+    Arguments and errors are those of ``coco_metrics``.
+
+    Returns:
+        COCOeval's ``evalImgs`` (one dict per image and class that has objects or detections there: ``image_id``,
+        ``category_id``, ``dtScores`` (D,), ``dtMatches`` and ``dtIgnore`` (T, D), ``gtIgnore`` (G,)), and the ids of
+        all images, ascending.
+    """
+    ground_truth, evaluator = _make_cocoeval(annotations, predictions, image_ids, backend)
+    evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator.evaluate()
+    return [entry for entry in evaluator.evalImgs if entry], sorted(image["id"] for image in ground_truth["images"])
 
 
 def read_annotations(path: str | Path) -> dict[str, Any]:
@@ -281,8 +293,22 @@ class _First:
         return self._dataset.image(index)
 
 
-def _run_cocoeval(ground_truth: dict[str, Any], records: list[Record], image_ids: list[int], backend: Backend) -> Any:
-    """A COCOeval of either package after ``summarize``; both print their progress, which is swallowed here."""
+def _make_cocoeval(
+    annotations: str | Path | Mapping[str, Any],
+    predictions: Sequence[Mapping[str, Any]],
+    image_ids: Collection[int] | None,
+    backend: Backend,
+) -> tuple[dict[str, Any], Any]:
+    """The completed ground truth, and a COCOeval of either package that is ready to run."""
+    content = annotations if isinstance(annotations, Mapping) else read_annotations(annotations)
+    ids = [image["id"] for image in content["images"]]
+    if stray := sorted({p["image_id"] for p in predictions} - set(ids))[:5]:
+        raise ValueError(
+            f"predictions for image ids {stray} that the annotation file does not list: is it the right file?"
+        )
+    kept = set(ids) if image_ids is None else set(ids) & set(image_ids)
+    ground_truth = _complete(content, kept)
+    records = [dict(p) for p in predictions if p["image_id"] in kept]  # copies: loadRes writes into its records
     with contextlib.redirect_stdout(io.StringIO()):
         if resolve_backend(backend) == "hotcoco":
             import hotcoco
@@ -297,11 +323,8 @@ def _run_cocoeval(ground_truth: dict[str, Any], records: list[Record], image_ids
             truth.createIndex()
             found = truth.loadRes(records) if records else coco.COCO()  # loadRes raises IndexError on an empty list
             evaluator = cocoeval.COCOeval(truth, found, "bbox")
-        evaluator.params.imgIds = image_ids
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    return evaluator
+    evaluator.params.imgIds = sorted(kept)
+    return ground_truth, evaluator
 
 
 def _complete(content: Mapping[str, Any], image_ids: set[int]) -> dict[str, Any]:
@@ -402,11 +425,3 @@ def _missing_to_nan(value: float) -> float:
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
-
-
-def _nan_to_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _nan_to_none(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_nan_to_none(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -19,6 +19,8 @@ from dyhead_zoo.layers.tower import ConvNorm
 ExtraLevels = Literal["p5", "c5", "pool"]
 Formulation = Literal["released", "paper"]
 
+_MAX_EXTRA = 8  # beyond it a cell would be larger than any picture
+
 
 class FPN(nn.Module):
     """Backbone levels C_l to a pyramid P_l with equal channels, plus coarser levels by stride 2.
@@ -111,6 +113,10 @@ class Neck(nn.Module):
         super().__init__()
         if formulation not in ("released", "paper"):
             raise ValueError(f"formulation={formulation!r}: use 'released' (published weights) or 'paper'")
+        if channels < 1:
+            raise ValueError(f"channels={channels}: a pyramid has at least one channel")
+        if not 0 <= num_extra <= _MAX_EXTRA:
+            raise ValueError(f"num_extra={num_extra}: use 0..{_MAX_EXTRA} coarser levels, each of twice the stride")
         self.channels = channels
         self.strides = (*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(num_extra)))
         self.fpn = FPN(

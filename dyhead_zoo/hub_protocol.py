@@ -175,7 +175,8 @@ class Refusal(Exception):
     def __init__(self, status: int, message: str, code: str = "", **extra: str) -> None:
         super().__init__(message)
         headers = {"X_Error_Code": code} if code else {}
-        self.answer = Answer.of({"error": message, **extra}, status, X_Error_Message=message, **headers)
+        printable = message.encode("unicode_escape").decode()  # it may name what a client sent, a header takes one line
+        self.answer = Answer.of({"error": message, **extra}, status, X_Error_Message=printable, **headers)
 
 
 _Endpoint = Callable[..., Answer]

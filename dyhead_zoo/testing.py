@@ -110,7 +110,7 @@ class Request(NamedTuple):
     Attributes:
         method: such as GET.
         path: of the URL, unquoted, without the query.
-        status: of the answer (206 where a range was asked for); 0 if the connection was dropped before any answer.
+        status: of the answer (206 where a range was asked for); 0 if the connection was dropped and nothing done.
     """
 
     method: str
@@ -260,6 +260,10 @@ class _Connection(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # headers and body are written apart
     server: _Server
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # a client that goes away is none of the server's errors
+            super().handle()
+
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on the console; ``LoopbackHub.requests`` is the log."""
 
@@ -273,18 +277,18 @@ class _Connection(BaseHTTPRequestHandler):
             return
         call = Call(self.command, url.path, parse_qs(url.query), self.headers, body)
         fault = hub._next_fault(self.command, path)
-        if fault and fault.kind == "drop" and fault.after is None:
+        hit = (fault.kind, fault.after) if fault else None
+        if fault and hit == ("delay", None):
+            hub._closing.wait(fault.seconds)
+        if hit == ("drop", None):
             hub.requests.append(Request(self.command, path, 0))
             self._reset()
             return
-        if fault and fault.kind == "delay" and fault.after is None:
-            hub._closing.wait(fault.seconds)
         answer = _disturbed(hub, call, fault)
         hub.requests.append(Request(self.command, path, answer.status))
-        if fault and fault.kind == "drop" and fault.after == 0:
+        if hit == ("drop", 0):
             self._reset()
-            return
-        with contextlib.suppress(ConnectionError):  # the client went away: its business
+        else:
             self._write(answer, fault)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET

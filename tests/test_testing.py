@@ -456,6 +456,14 @@ def test_any_path_and_any_bytes_can_be_put(hub: LoopbackHub, api: HfApi) -> None
     assert set(hostile) <= set(api.list_repo_files(REPO))
 
 
+def test_what_a_client_sends_does_not_break_the_answer(hub: LoopbackHub) -> None:
+    hub.put(REPO, {})
+    for revision in ("a%0D%0AX-Injected:%201", "%E6%97%A5%E6%9C%AC"):
+        status, headers, _ = ask(hub, f"/{REPO}/resolve/{revision}/config.json")
+        assert (status, headers["x-error-code"]) == (404, "RevisionNotFound")
+        assert "x-injected" not in headers
+
+
 def test_a_new_branch_starts_at_main(hub: LoopbackHub) -> None:
     hub.put(REPO, {"a": b"1"})
     hub.put(REPO, {"b": b"2"}, revision="refs/pr/1")

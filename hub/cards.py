@@ -1,0 +1,62 @@
+"""Write the card of every bundled detector from its record and recipe: ``hub/<name.tag>/README.md``.
+
+    python hub/cards.py [--check]
+
+``--check`` writes nothing and fails if a card is not what its record gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dyhead_zoo import create_detector, get_pretrained_cfg, list_pretrained
+from dyhead_zoo.card import render_card
+from dyhead_zoo.pretrained import HUB_ORGANISATION
+
+HUB = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail if a card is stale, write nothing")
+    args = parser.parse_args()
+    stale = []
+    for name in bundled_names():
+        path = HUB / name / "README.md"
+        text = card_of(name)
+        if not path.exists() or path.read_text() != text:
+            stale.append(str(path))
+            if not args.check:
+                path.write_text(text)
+    if stale:
+        print(("stale: " if args.check else "written: ") + ", ".join(stale))
+    sys.exit(1 if stale and args.check else 0)
+
+
+def bundled_names() -> list[str]:
+    """``name.tag`` of all weights in the package."""
+    return [name for name in list_pretrained() if get_pretrained_cfg(name).status == "bundled"]
+
+
+def card_of(name: str) -> str:
+    """The card of one set of weights, from what ``hub/<name.tag>`` holds."""
+    return render_card(
+        create_detector(name).config(),
+        read(name, "eval.json"),
+        recipe=read(name, "recipe.json"),
+        repo_id=f"{HUB_ORGANISATION}/{name}",
+    )
+
+
+def read(name: str, file: str) -> dict[str, Any] | None:
+    """A JSON file of ``hub/<name.tag>``; None if there is none."""
+    path = HUB / name / file
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+if __name__ == "__main__":
+    main()

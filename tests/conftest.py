@@ -12,6 +12,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported: kernels then run on the CPU
 hypothesis.settings.register_profile("dyhead_zoo", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("dyhead_zoo")
 

@@ -1,7 +1,8 @@
 """Modulated deformable convolution on NVIDIA GPUs: sampling and product fused into one Triton kernel.
 
-Checked in Triton's interpreter and compiled for several GPUs, but **not yet run on a GPU**: no speed is claimed, and the
-tile sizes below are estimates. ``hub/gpu_check.py`` measures both in one command.
+Checked in Triton's interpreter and compiled for compute capabilities 8.0 and 9.0, but **not yet run on a GPU**: no
+speed is claimed, and the tile sizes below were chosen by what the compiler says of registers. ``hub/gpu_check.py``
+checks and measures everything in one command.
 
 The reference writes the samples of all taps, 9 times the input, to memory, for a matrix product to read. Here each
 program makes the samples of its tile of pixels, a few channels of one tap at a time, and multiplies them by the weights
@@ -52,12 +53,12 @@ class Tiles(NamedTuple):
 
 
 def obstacle(x: Tensor, offset: Tensor, weight: Tensor) -> str | None:
-    """Why this backend cannot convolve these tensors (see ``deform_conv2d``), or None if it can.
+    """Why this backend cannot convolve these tensors (see ``triton_deform_conv2d``), or None if it can.
 
-    It cannot: tensors that are not on a CUDA device (in Triton's interpreter: on the CPU), without Triton, on GPUs older
-    than compute capability 8.0, other dtypes than float32, bfloat16 and float16, empty tensors, 2^31 or more input or
-    output pixels or numbers in one image's offsets, more than 65535 groups or offset groups x taps, and gradients of x
-    while ``torch.use_deterministic_algorithms`` is on.
+    It cannot: tensors that are not on a CUDA device (in Triton's interpreter: on the CPU), without Triton, on GPUs
+    older than compute capability 8.0, other dtypes than float32, bfloat16 and float16, empty tensors, 2^31 or more
+    input or output pixels or numbers in one image's offsets, more than 65535 outputs or offset groups x taps, and
+    gradients of x while ``torch.use_deterministic_algorithms`` is on.
     """
     batch, _, out_h, out_w = offset.shape
     if importlib.util.find_spec("triton") is None:
@@ -374,13 +375,13 @@ class _Problem(NamedTuple):
 def forward_tiles(dtype: torch.dtype, channels: int, outputs: int) -> Tiles:
     """Tiles of the forward kernel: all outputs at once where they fit, for then each sample is taken only once."""
     if dtype == torch.float32:
-        return Tiles(64, _extent(outputs, 128), _extent(channels, 32), warps=4, stages=2)
+        return Tiles(64, _extent(outputs, 128), _extent(channels, 32), warps=8, stages=2)
     return Tiles(64, _extent(outputs, 256), _extent(channels, 32), warps=8, stages=3)
 
 
 def backward_samples_tiles(dtype: torch.dtype, channels: int, outputs: int) -> Tiles:
     """Tiles of the kernel of grad x, offset and mask: every channel tile reads all of grad_out again."""
-    wide = 64 if dtype == torch.float32 else 128
+    wide = 32 if dtype == torch.float32 else 64
     return Tiles(64, _extent(outputs, 32), _extent(channels, wide), warps=8, stages=2)
 
 

@@ -1,0 +1,79 @@
+"""Compile the kernels of ``deform_conv_triton_kernels.py`` for a GPU that need not be there; print their names.
+
+A process of its own for ``test_deform_conv_triton.py``: where kernels are interpreted they cannot be compiled. With an
+argument, the compute capability as in 90, it compiles for 256 channels and prints what ptxas tells of registers and
+spills, by which the tile sizes were chosen.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dyhead_zoo.ops import deform_conv_triton as op
+from dyhead_zoo.ops import deform_conv_triton_kernels as kernels
+
+TILES = {
+    "forward": op.forward_tiles,
+    "backward_samples": op.backward_samples_tiles,
+    "backward_weight": op.backward_weight_tiles,
+}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+ALWAYS_FLOAT32 = ("offset", "mask", "grad_x", "grad_offset", "grad_mask", "grad_weight")
+ALIGNED = [["tt.divisibility", 16]]
+
+
+def compile_kernel(name: str, dtype: torch.dtype, channels: int, capability: int) -> Any:
+    """A 3x3 convolution with mask and contiguous offsets, of a map that is no special case."""
+    kernel = getattr(kernels, name)
+    tiles = TILES[name](dtype, channels, channels)
+    fixed: dict[str, Any] = {"CONV": ((3, 3), (1, 1), (1, 1), (1, 1)), "IN": channels, "OUT": channels}
+    fixed |= {"GROUPS": 1, "OFFSET_GROUPS": 1, "SEGMENT": channels, "PRECISION": "tf32x3"}
+    fixed |= {"TILE_P": tiles.pixels, "TILE_O": tiles.outputs, "TILE_C": tiles.channels}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes = {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in fixed:
+            signature[argument], constants[(i,)] = "constexpr", fixed[argument]
+        elif argument.endswith("_strides"):
+            signature[argument], constants[(i, 3)] = ("i32", "i32", "i32", "constexpr"), 1
+        elif argument in ("sizes", "tiles_per_part"):
+            signature[argument] = ("i32",) * 5 if argument == "sizes" else "i32"
+        else:
+            signature[argument] = "*fp32" if argument in ALWAYS_FLOAT32 else TYPES[dtype]
+            attributes[(i,)] = ALIGNED
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled: Any) -> str:
+    """Registers and stack of a thread; a stack other than 0 is spilled registers."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    usage = next(line for line in text.splitlines() if "REG:" in line)
+    return f"{usage.strip()} dynamic shared memory {compiled.metadata.shared}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        for kernel_name in TILES:
+            compile_kernel(kernel_name, torch.bfloat16, 32, 80)
+            print(kernel_name)
+    else:
+        for kernel_name in TILES:
+            for kernel_dtype in TYPES:
+                print(kernel_name, kernel_dtype)
+                print("   ", resources(compile_kernel(kernel_name, kernel_dtype, 256, int(sys.argv[1]))))

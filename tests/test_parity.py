@@ -19,9 +19,11 @@ CASES = {
         "atss_swin_dyhead2",
         {**_SWIN, "fpn_norm": False, "pretrained_cfg": get_pretrained_cfg("atss_swin_large_dyhead6")},
     ),
+    "fcos_r50_caffe": ("fcos_resnet50.mmdet_1x_coco", {}),
+    "fcos_r50_caffe_center_giou": ("fcos_resnet50.mmdet_improved_1x_coco", {}),
 }
-STAGES = {"cls": "cls_logits", "reg": "box_deltas", "ctr": "centerness"}
-"""Stored stage to the field of the raw output."""
+STAGES = {"cls_logits": "cls", "box_deltas": "reg", "box_distances": "reg", "centerness": "ctr"}
+"""Field of the raw output to the stored stage."""
 LOSSES = {"loss_cls": "loss_cls", "loss_box": "loss_bbox", "loss_centerness": "loss_centerness"}
 """Our loss term to the stored one."""
 
@@ -56,7 +58,7 @@ def test_features_outputs_and_detections(case, batch):
         for i, level in enumerate(detector.neck(features) if "dyhead.0" in reference else []):
             assert_near(level[:, :16], reference[f"dyhead.{i}"], f"dyhead {i}")
         raw = detector(images, sizes)
-        for key, field in STAGES.items():
+        for field, key in STAGES.items():
             for i, level in enumerate(getattr(raw, field, ())):
                 assert_near(level, reference[f"{key}.{i}"], f"{key} {i}")
         for i, detections in enumerate(detector.decode(raw)):

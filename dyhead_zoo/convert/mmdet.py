@@ -104,15 +104,24 @@ _DYHEAD = (
     Rename(_BLOCK + "task_attn_module.conv{k}.conv.bias", _OUR_BLOCK + "task.fc{k}.bias"),
 )
 
-_ATSS = (
-    Rename("bbox_head.cls_convs.{i}.conv.weight", "head.cls_tower.{i}.conv.weight"),
+_TOWERS = (
+    Rename("bbox_head.cls_convs.{i}.conv.{wb}", "head.cls_tower.{i}.conv.{wb}"),
     Rename("bbox_head.cls_convs.{i}.gn.{wb}", "head.cls_tower.{i}.norm.{wb}"),
-    Rename("bbox_head.reg_convs.{i}.conv.weight", "head.box_tower.{i}.conv.weight"),
+    Rename("bbox_head.reg_convs.{i}.conv.{wb}", "head.box_tower.{i}.conv.{wb}"),
     Rename("bbox_head.reg_convs.{i}.gn.{wb}", "head.box_tower.{i}.norm.{wb}"),
+    Rename("bbox_head.scales.{i}.scale", "head.scales.{i}"),
+)
+
+_ATSS = (
     Rename("bbox_head.atss_cls.{wb}", "head.cls_logits.{wb}"),
     Rename("bbox_head.atss_reg.{wb}", "head.box_deltas.{wb}"),
     Rename("bbox_head.atss_centerness.{wb}", "head.centerness.{wb}"),
-    Rename("bbox_head.scales.{i}.scale", "head.scales.{i}"),
+)
+
+_FCOS = (
+    Rename("bbox_head.conv_cls.{wb}", "head.cls_logits.{wb}"),
+    Rename("bbox_head.conv_reg.{wb}", "head.box_distances.{wb}"),
+    Rename("bbox_head.conv_centerness.{wb}", "head.centerness.{wb}"),
 )
 
 _TABLE: tuple[Rename | Drop, ...] = (
@@ -122,7 +131,9 @@ _TABLE: tuple[Rename | Drop, ...] = (
     *_fpn("neck."),
     *_fpn("neck.0."),
     *_DYHEAD,
+    *_TOWERS,
     *_ATSS,
+    *_FCOS,
 )
 
 

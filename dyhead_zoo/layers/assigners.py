@@ -88,3 +88,41 @@ def max_iou_assign(
         return torch.where(rescued.any(1), owner, assigned)
     last = torch.where(rescued, torch.arange(len(boxes), device=boxes.device), -1).amax(1)
     return torch.where(last >= 0, last, assigned)
+
+
+@torch.no_grad()
+def fcos_assign(
+    points: Tensor, per_level: Sequence[int], strides: Sequence[int], boxes: Tensor, radius: float | None = 1.5
+) -> Tensor:
+    """Every point strictly inside an object learns it, on the level made for its size (Tian et al., arXiv:1904.01355).
+
+    A level of stride s takes the objects whose farthest side is 4 s to 8 s away, both included; the first level also
+    nearer ones, the last also farther ones (with strides 8 to 128: 0, 64, 128, 256, 512, infinity). Of several objects
+    a point learns the smallest.
+
+    Args:
+        points: (P, 2) of all levels, fine to coarse.
+        per_level, strides: number of points and stride of each level.
+        boxes: (N, 4) objects; N may be 0.
+        radius: centre sampling (the paper's later version, arXiv:2006.09214): the point must also be within this many
+            strides of the object's centre, in x and in y; None: anywhere inside.
+
+    Returns:
+        (P,) int64: index of the object, or -1 for background.
+    """
+    if len(boxes) == 0 or len(points) == 0:
+        return torch.full((len(points),), BACKGROUND, dtype=torch.int64, device=points.device)
+    counts = torch.tensor(per_level, device=points.device)
+    reach = torch.tensor(strides, dtype=torch.float32, device=points.device)
+    nearest, farthest = 4 * reach, 8 * reach
+    nearest[0], farthest[-1] = 0, torch.inf
+    stride, nearest, farthest = (x.repeat_interleave(counts)[:, None] for x in (reach, nearest, farthest))
+    sides = torch.cat((points[:, None] - boxes[:, :2], boxes[:, 2:] - points[:, None]), dim=-1)  # (P, N, 4)
+    longest = sides.amax(-1)
+    fits = (sides.amin(-1) > 0) & (longest >= nearest) & (longest <= farthest)
+    if radius is not None:
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        fits &= (points[:, None] - centres).abs().amax(-1) < radius * stride
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1).expand_as(fits)
+    smallest, owner = area.masked_fill(~fits, torch.inf).min(1)
+    return torch.where(smallest < torch.inf, owner, BACKGROUND)

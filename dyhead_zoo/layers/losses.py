@@ -30,6 +30,17 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gam
     return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
+def iou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
+    """-log(IoU) (UnitBox, Yu et al., arXiv:1608.01471) of pairs of boxes (N, 4) xyxy: (N,).
+
+    IoUs below ``eps`` count as ``eps`` and give no gradient.
+    """
+    overlap = (torch.minimum(boxes[:, 2:], targets[:, 2:]) - torch.maximum(boxes[:, :2], targets[:, :2])).clamp(min=0)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (targets[:, 2:] - targets[:, :2]).prod(1)
+    union = (areas - overlap.prod(1)).clamp(min=eps)
+    return -(overlap.prod(1) / union).clamp(min=eps).log()
+
+
 def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
     """1 - GIoU (Rezatofighi et al., arXiv:1902.09630) of pairs of boxes (N, 4) xyxy: (N,)."""
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)

@@ -43,6 +43,7 @@ def dense_detections(
     max_detections: int,
     rank_by_product: bool = False,
     sqrt_score: bool = False,
+    threshold_score: bool = False,
 ) -> DetectionTensors:
     """Per level: threshold, top-k; then decode, clip, class-wise NMS over all levels, best ``max_detections``.
 
@@ -51,9 +52,9 @@ def dense_detections(
         quality_logits: per level (B, P_l), centerness or the like; the final score is the product of both sigmoids.
         decode: ``decode(level, rows)`` gives the boxes (B, K, 4) of the rows (B, K) selected.
         image_sizes: (B, 2), (height, width) that boxes are clipped to.
-        score_threshold: on the class probability; on the final score if ``sqrt_score``.
+        score_threshold: on the class probability, or on the final score if ``threshold_score`` (torchvision's FCOS).
         pre_nms: top-k per level, ranked by class probability, or by the product if ``rank_by_product``.
-        sqrt_score: the final score is the square root of the product, as in the FCOS paper's code and torchvision.
+        sqrt_score: the final score is the square root of the product, as in FCOS of its authors and of torchvision.
     """
     boxes, scores, labels, valid = [], [], [], []
     for level, logits in enumerate(class_logits):
@@ -61,10 +62,11 @@ def dense_detections(
         rank = logits.float()
         passes = rank > _logit(score_threshold)
         quality = None if quality_logits is None else quality_logits[level].float().sigmoid()
-        if quality is not None and (rank_by_product or sqrt_score):
-            rank = rank.sigmoid() * quality[..., None]
-            if sqrt_score:
-                passes = rank > score_threshold**2
+        if quality is not None and (rank_by_product or threshold_score):
+            product = rank.sigmoid() * quality[..., None]
+            rank = product if rank_by_product else rank
+            if threshold_score:
+                passes = (product.sqrt() if sqrt_score else product) > score_threshold
         rank = rank.masked_fill(~passes, -math.inf).flatten(1)
         best, chosen = rank.topk(min(pre_nms, count * classes), dim=1)
         row = chosen // classes

@@ -20,3 +20,8 @@ def centerness(points: Tensor, boxes: Tensor) -> Tensor:
     low, high = (points - boxes[:, :2]).clamp(min=0), (boxes[:, 2:] - points).clamp(min=0)
     ratio = torch.minimum(low, high) / torch.maximum(low, high).clamp(min=1e-12)
     return ratio.prod(1).sqrt()
+
+
+def boxes_from_distances(points: Tensor, distances: Tensor) -> Tensor:
+    """Boxes (..., 4) xyxy whose left, top, right and bottom are ``distances`` (..., 4) away from ``points`` (..., 2)."""
+    return torch.cat((points - distances[..., :2], points + distances[..., 2:]), dim=-1)

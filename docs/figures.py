@@ -147,11 +147,20 @@ class Drawing:
         ]
 
     def text(
-        self, x: float, y: float, text: str, *, size: int = 12, color: str = INK, anchor: str = "start", weight: str = ""
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        size: int = 12,
+        color: str = INK,
+        anchor: str = "start",
+        weight: str = "",
     ) -> None:
         bold = f' font-weight="{weight}"' if weight else ""
         self.parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{color}" text-anchor="{anchor}"{bold}>{text}</text>'
+            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{color}" text-anchor="{anchor}"{bold}>'
+            f"{text}</text>"
         )
 
     def rect(self, x: float, y: float, width: float, height: float, fill: str, stroke: str = "none") -> None:
@@ -175,8 +184,8 @@ class Drawing:
         data = base64.b64encode(buffer.getvalue()).decode()
         crisp = ' style="image-rendering:pixelated"' if kind == "PNG" else ""
         self.parts.append(
-            f'<image x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" preserveAspectRatio="none"{crisp} '
-            f'href="data:image/{kind.lower()};base64,{data}"/>'
+            f'<image x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+            f'preserveAspectRatio="none"{crisp} href="data:image/{kind.lower()};base64,{data}"/>'
         )
 
     def box(self, x: float, y: float, width: float, lines: Sequence[str], fill: str) -> None:
@@ -187,9 +196,7 @@ class Drawing:
             f'stroke="{GREY}"/>'
         )
         for number, line in enumerate(lines):
-            self.text(
-                x + width / 2, y + 18 + 16 * number, line, anchor="middle", weight="" if number else "bold"
-            )
+            self.text(x + width / 2, y + 18 + 16 * number, line, anchor="middle", weight="" if number else "bold")
 
     def __str__(self) -> str:
         return "\n".join([*self.parts, "</svg>"]) + "\n"
@@ -281,7 +288,9 @@ def _draw_task(drawing: Drawing, seen: ForwardPass, x: float, y: float, width: f
             drawing.text(x + width - 98, y + 20, f"{values.min():.2f} to {values.max():.2f}", color=GREY)
             y += height + 6
         y += 6
-    drawing.text(x, y + 10, f"each column is one of {seen.channels} channels; white is a ReLU (a1 = 1, others 0),", color=GREY)
+    drawing.text(
+        x, y + 10, f"each column is one of {seen.channels} channels; white is a ReLU (a1 = 1, others 0),", color=GREY
+    )
     drawing.text(x, y + 26, "red above it, blue below, full colour at the ends of the range", color=GREY)
 
 
@@ -318,9 +327,7 @@ def _draw_released(drawing: Drawing, seen: ForwardPass, level: int) -> None:
     for y, (source, shape), title, field, branch in zip(rows, inputs, titles, fields, branches, strict=True):
         drawing.box(10, y, 150, (f"x of {source}", show(shape)), _FEATURE)
         drawing.line([(160, y + 22), (196, y + 22)], tip=True)
-        drawing.box(
-            200, y - 8, 220, (title, f"offsets {show(field[0])}", f"masks {show(field[1])}"), _ATTENTION
-        )
+        drawing.box(200, y - 8, 220, (title, f"offsets {show(field[0])}", f"masks {show(field[1])}"), _ATTENTION)
         drawing.line([(420, y + 22), (456, y + 22)], tip=True)
         drawing.box(460, y, 150, ("branch", show(branch)), _FEATURE)
         drawing.line([(610, y + 22), (646, y + 22)], tip=True)
@@ -349,7 +356,12 @@ def _draw_paper(drawing: Drawing, seen: ForwardPass, top: float) -> None:
     drawing.line([(160, y + 22), (186, y + 22)], tip=True)
     steps = (
         ("resized to the median", p["input"], "scale weights", (show(p["weights"]),)),
-        ("after scale attention", p["scaled"], "one deformable conv.", (f"offsets {show(p['offsets'])}", f"masks {show(p['masks'])}")),
+        (
+            "after scale attention",
+            p["scaled"],
+            "one deformable conv.",
+            (f"offsets {show(p['offsets'])}", f"masks {show(p['masks'])}"),
+        ),
         ("after spatial attention", p["sampled"], "task coefficients", (f"4 × ({show(p['coefficients'])})",)),
     )
     for number, (title, shape, attention, lines) in enumerate(steps):
@@ -359,6 +371,4 @@ def _draw_paper(drawing: Drawing, seen: ForwardPass, top: float) -> None:
         drawing.box(x + 5, y + 90, 180, (attention, *lines), _ATTENTION)
         drawing.line([(x + 185, y + 112), (x + 212, y + 112), (x + 212, y + 22), (x + 231, y + 22)], tip=True)
     drawing.box(895, y, 190, ("after task attention", show(p["output"])), _FEATURE)
-    drawing.text(
-        660, top + 212, "the sum over the levels is used as each of them", size=11, color=GREY
-    )
+    drawing.text(660, top + 212, "the sum over the levels is used as each of them", size=11, color=GREY)

@@ -103,16 +103,24 @@ def released_shapes(seen: Any) -> str:
     from figures import level_name, show
 
     r, rows, first = seen.released, [], 0
-    for level, (x, branches) in enumerate(zip(r["input"], r["branches"], strict=True)):
-        mid = r["mid"][level]
-        high = f"{show(r['high'][level][1])}, {show(r['high'][level][2])}" if level + 1 < len(r["input"]) else "none"
-        weights = f"{len(branches)} × ({show(r['scale'][first])})"
-        first += len(branches)
+    for level, branches in enumerate(r["branches"]):
+        own = f"{show(r['mid'][level][1])}<br>{show(r['mid'][level][2])}"
+        coarser = "none"
+        if level + 1 < len(r["branches"]):
+            coarser = f"{show(r['high'][level][1])}<br>{show(r['high'][level][2])}"
+        count, x = len(branches), show(r["task"][level])
+        weights = f"{count} × ({show(r['scale'][first])})"
+        first += count
         task = show(seen.blocks[0].task[level].shape)
-        cells = [show(x), f"{show(mid[1])}, {show(mid[2])}", high, f"{len(branches)} × ({show(branches[0])})"]
-        rows.append([level_name(level), *cells, weights, show(r["task"][level]), task, show(r["task"][level])])
-    header = ["level", "x", "offsets, masks", "those of the coarser branch", "after spatial: branches", "scale weights"]
-    return _plain([*header, "after scale: mean", "task coefficients", "after task"], rows)
+        rows.append([level_name(level), own, coarser, f"{count} × ({show(branches[0])})", weights, x, task, x])
+    header = [
+        "level",
+        "offsets<br>masks",
+        "those of the<br>coarser branch",
+        "after spatial:<br>branches",
+        "scale weights",
+    ]
+    return _plain([*header, "after scale:<br>mean", "task<br>coefficients", "after task"], rows)
 
 
 def paper_shapes(seen: Any) -> str:
@@ -131,7 +139,9 @@ def paper_shapes(seen: Any) -> str:
 
 
 def _plain(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+    """A Markdown table whose cells do not wrap."""
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+    return f'<div class="wide" markdown>\n\n{lines}\n\n</div>'
 
 
 def fill(page: str, tables: Mapping[str, Callable[[], str]]) -> str:

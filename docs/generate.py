@@ -11,6 +11,7 @@ weights' ``PretrainedCfg``. The two never share a table.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import re
@@ -98,6 +99,29 @@ def names() -> str:
     return table(["name", "weights", "tags, the default first"], rows)
 
 
+_STARTS = {"backbone": "ImageNet weights of the backbone", "detector": "the bundled detector", "random": "nothing"}
+
+
+def learned(file: str) -> Callable[[], str]:
+    """What ``hub/learn.py`` wrote, one row per detector and start: mean and range over the seeds."""
+
+    def rows() -> str:
+        groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+        for row in csv.DictReader((HUB / file).open()):
+            groups.setdefault((row["detector"], row["start"], row["arguments"], row["steps"]), []).append(row)
+        lines = []
+        for (name, start, arguments, steps), runs in groups.items():
+            spreads = []
+            for metric in ("AP50", "AP"):
+                values = [100 * float(run[metric]) for run in runs]
+                spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+                spreads.append(f"{sum(values) / len(values):.1f}{spread}")
+            lines.append([f"`{name}`", arguments, _STARTS[start], steps, str(len(runs)), *spreads])
+        return table(["detector", "arguments", "starts from", "steps", "seeds", "AP50", "AP"], lines)
+
+    return rows
+
+
 def released_shapes(seen: Any) -> str:
     """The shape after each step of the first released block, one row per level."""
     from figures import level_name, show
@@ -167,6 +191,7 @@ def generated() -> dict[Path, str]:
     pages: dict[str, dict[str, Callable[[], str]]] = {
         "results.md": {"measured": measured, "reported": reported, "per class": per_class},
         "detectors.md": {"names": names},
+        "finetune.md": {"fruit": learned("fruit300.csv")},
         "dyhead.md": {
             "released shapes": lambda: released_shapes(seen),
             "paper shapes": lambda: paper_shapes(seen),

@@ -200,6 +200,7 @@ SMALL = Case(size=(2, 2), kernel=(1, 1), padding=(0, 0))
 
 class Conv(torch.nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
+        op.chosen("triton", tensors[0], tensors[1], tensors[3])  # must be traceable
         return ours(*tensors, case=SMALL)  # type: ignore[misc]
 
 
@@ -251,12 +252,36 @@ def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
     x, offset, _, weight, _ = (t.float() for t in SMALL.tensors())
     assert op.obstacle(x, offset, weight) is None
     assert "float64" in str(op.obstacle(x.double(), offset, weight))
-    assert "nothing" in str(op.obstacle(x[:0], offset[:0], weight))
     assert "int32" in str(op.obstacle(x.expand(1, 4, 2, 2).expand(2**30, 4, 2, 2), offset, weight))
     assert "meta" in str(op.obstacle(x.to("meta"), offset, weight))
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         assert "not installed" in str(op.obstacle(x, offset, weight))
+
+
+def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, offset, _, weight, _ = (t.float() for t in SMALL.tensors())
+    assert op.chosen("triton", x, offset, weight)
+    assert op.chosen("auto", x, offset, weight) == (DEVICE == "cuda")
+    assert not op.chosen("torchvision", x, offset, weight)
+    assert not op.chosen("triton", x[:0], offset[:0], weight)
+    with pytest.raises(ValueError, match=r"float64.*Choose"):
+        op.chosen("triton", x.double(), offset, weight)
+
+
+def test_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    op._passes_trial.cache_clear()
+    with torch.inference_mode():
+        assert op._passes_trial(torch.device(DEVICE), torch.float32)
+    op._passes_trial.cache_clear()
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="errs"):
+        patch.setattr(op, "_TRIAL_TOLERANCE", 1e-12)
+        assert not op._passes_trial(torch.device(DEVICE), torch.float32)
+    op._passes_trial.cache_clear()
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="no compiler"):
+        patch.setattr(op, "forward_tiles", lambda *_: (_ for _ in ()).throw(RuntimeError("no compiler")))
+        assert not op._passes_trial(torch.device(DEVICE), torch.float32)
+    op._passes_trial.cache_clear()
 
 
 def test_deterministic_algorithms() -> None:

@@ -30,15 +30,19 @@ import functools
 import importlib.util
 import math
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.ops import deform_conv2d
 
 Pair = tuple[int, int]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INT32_LIMIT = 2**31
+_GRID_LIMIT = 65535
+_TRIAL_TOLERANCE = 0.03  # of the largest value: bfloat16's rounding, not a wrong index
 _PART = 4096  # pixels whose weight gradient is summed in one go: fewer fill more of the GPU, and cost memory
 
 
@@ -52,37 +56,109 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def obstacle(x: Tensor, offset: Tensor, weight: Tensor) -> str | None:
-    """Why this backend cannot convolve these tensors (see ``triton_deform_conv2d``), or None if it can.
+def chosen(backend: str, x: Tensor, offset: Tensor, weight: Tensor) -> bool:
+    """Whether ``modulated_deform_conv2d(..., backend=backend)`` shall call ``triton_deform_conv2d``.
 
-    It cannot: tensors that are not on a CUDA device (in Triton's interpreter: on the CPU), without Triton, on GPUs
-    older than compute capability 8.0, other dtypes than float32, bfloat16 and float16, empty tensors, 2^31 or more
-    input or output pixels or numbers in one image's offsets, more than 65535 outputs or offset groups x taps, and
-    gradients of x while ``torch.use_deterministic_algorithms`` is on.
+    ``triton`` means yes unless there is nothing to compute. ``auto`` means yes on a CUDA device where there is no
+    obstacle and a small trial gave what torchvision gives; but not while exporting, since runtimes know torchvision's
+    operator and not ours. The trial runs once per process, device and dtype, and compiles three kernels (some seconds
+    the first time; Triton keeps them on disk), so it must not happen inside the capture of a CUDA graph.
+
+    Raises:
+        ValueError: ``backend`` is ``triton`` and there is an obstacle.
     """
-    batch, _, out_h, out_w = offset.shape
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if x.device.type != "cuda" and not (interpreting() and x.device.type == "cpu"):
-        return f"Triton needs a CUDA device, not {x.device}"
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
+    if backend not in ("auto", "triton") or 0 in (x.numel(), offset.numel(), weight.numel()):
+        return False
+    if backend == "auto" and (x.device.type != "cuda" or torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        return False
+    reason = obstacle(x, offset, weight)
+    if backend == "auto":
+        return reason is None and _passes_trial(x.device, x.dtype)
+    if reason is not None:
+        raise ValueError(f"backend 'triton' cannot do this: {reason}. Choose 'auto' or 'torchvision'")
+    return True
+
+
+def obstacle(x: Tensor, offset: Tensor, weight: Tensor) -> str | None:
+    """Why the kernels cannot convolve these tensors (see ``triton_deform_conv2d``), or None if they can.
+
+    They cannot: tensors that are not on a CUDA device (in Triton's interpreter: on the CPU), without Triton, on GPUs
+    older than compute capability 8.0, other dtypes than float32, bfloat16 and float16, 2^31 or more input or output
+    pixels or numbers in one image's offsets, more than 65535 outputs or offset groups x taps, and gradients of x while
+    ``torch.use_deterministic_algorithms`` is on.
+    """
+    reason = _device_obstacle(x.device)
+    if reason is not None:
+        return reason
     if x.dtype not in DTYPES:
-        return f"Triton's kernels take float32, bfloat16 and float16, not {x.dtype}"
-    if 0 in (x.numel(), offset.numel(), weight.numel()):
-        return "there is nothing to compute"
-    if max(x.numel() // x.shape[1], batch * out_h * out_w, offset[0].numel()) >= _INT32_LIMIT:
-        return "there are more pixels than int32 can count"
-    if max(offset.shape[1] // 2, weight.shape[0]) > 65535:
-        return "a grid of CUDA has at most 65535 rows"
+        return f"the kernels take float32, bfloat16 and float16, not {x.dtype}"
     if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled() and x.requires_grad:
         return "atomic additions make the gradient of x irreproducible"
+    if torch.compiler.is_compiling():  # comparing traced sizes would constrain the sizes that a graph accepts
+        return None
+    return _size_obstacle(x, offset, weight)
+
+
+def _size_obstacle(x: Tensor, offset: Tensor, weight: Tensor) -> str | None:
+    batch, _, out_h, out_w = offset.shape
+    if max(x.numel() // x.shape[1], batch * out_h * out_w, offset.numel() // batch) >= _INT32_LIMIT:
+        return "there are more pixels than int32 can count"
+    if max(offset.shape[1] // 2, weight.shape[0]) > _GRID_LIMIT:
+        return f"a CUDA grid has at most {_GRID_LIMIT} rows"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _device_obstacle(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu" and interpreting():
+        return None
+    if device.type != "cuda":
+        return f"Triton needs a CUDA device, not {device}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None
 
 
 def interpreting() -> bool:
     """Whether Triton's kernels run in its interpreter, on the CPU: the variable ``TRITON_INTERPRET`` asks for it."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _passes_trial(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a small convolution and its gradients come out on this device as torchvision computes them on the CPU.
+
+    Triton compiles on the user's machine, which may lack a C compiler or have a GPU that nobody tried; then the
+    answer is no, with a warning, not an error.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 16, 5, 4), (1, 18, 5, 4), (1, 9, 5, 4), (16, 16, 3, 3), (1, 16, 5, 4))
+    x, offset, mask, weight, grad_out = (torch.randn(shape, generator=generator) for shape in shapes)
+    geometry = ([1, 1], [1, 1], [1, 1])
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [t.to(dtype).double().requires_grad_() for t in (x, offset, mask, weight)]
+        reference = deform_conv2d(leaves[0], leaves[1], leaves[3], padding=1, mask=leaves[2])
+        expected = [reference, *torch.autograd.grad(reference, leaves, grad_out.to(dtype).double())]
+    arguments = [t.detach().to(device, dtype) for t in leaves]
+    upstream = grad_out.to(device, dtype)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            found = [
+                _forward(*arguments, None, *geometry),
+                *_backward_samples(upstream, *arguments, *geometry),
+                _backward_weight(upstream, *arguments, *geometry),
+            ]
+        errors = [((a.cpu() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True)]
+    except Exception as error:  # whatever a compiler, a driver or a launch can raise
+        warnings.warn(f"deformable convolution by torchvision: Triton's failed on {device}: {error!r}", stacklevel=2)
+        return False
+    if not max(errors) <= _TRIAL_TOLERANCE:  # a NaN does not pass
+        warnings.warn(f"deformable convolution by torchvision: Triton's errs on {device}: {errors}", stacklevel=2)
+        return False
+    return True
 
 
 def triton_deform_conv2d(
@@ -166,11 +242,6 @@ def _backward_samples(
     """Gradients of x, offset and mask; the last is empty without a mask."""
     from dyhead_zoo.ops import deform_conv_triton_kernels as kernels
 
-    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(
-            "the gradient of a deformable convolution by Triton is not reproducible: choose another backend, or "
-            "torch.use_deterministic_algorithms(True, warn_only=True)"
-        )
     problem = _Problem.of(x, offset, mask, weight, stride, padding, dilation)
     _, grad_offset, grad_mask = _fake_backward_samples(grad_out, x, offset, mask, weight, stride, padding, dilation)
     grad_x = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.channels_last)
@@ -272,6 +343,11 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     arguments = (grad_out, x, offset, mask, weight, *ctx.geometry)
     grad_x = grad_offset = grad_mask = grad_weight = grad_bias = None
     if any(ctx.needs_input_grad[:3]):
+        if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(
+                "the gradient of a deformable convolution by Triton is not reproducible: choose another backend, or "
+                "torch.use_deterministic_algorithms(True, warn_only=True)"
+            )
         grad_x, grad_offset, grad_mask = torch.ops.dyhead_zoo.deform_conv2d_backward_samples(*arguments)
     if ctx.needs_input_grad[3]:
         grad_weight = torch.ops.dyhead_zoo.deform_conv2d_backward_weight(*arguments)
@@ -321,6 +397,9 @@ class _Problem(NamedTuple):
         padding: list[int],
         dilation: list[int],
     ) -> _Problem:
+        reason = _size_obstacle(x, offset, weight)
+        if reason is not None:
+            raise ValueError(f"deformable convolution of {tuple(x.shape)} by Triton: {reason}; use a smaller batch")
         batch, channels, height, width = x.shape
         outputs, group_channels, kernel_h, kernel_w = weight.shape
         return cls(

@@ -16,6 +16,7 @@ import torch
 from dyhead_zoo import create_detector
 from dyhead_zoo.cli import build_parser
 from dyhead_zoo.engine.checkpoint import write_weights
+from dyhead_zoo.testing import LoopbackHub
 from tests.data_helpers import coco_dict, write_coco
 
 ROOT = Path(__file__).parent.parent
@@ -67,8 +68,21 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hub of this machine alone, with an empty cache, which ``me`` may write to."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("DYHEAD_ZOO_OFFLINE", "HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with LoopbackHub({"hf_me": "me"}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_TOKEN", "hf_me")
+        yield
+
+
 @pytest.mark.parametrize("page", WITH_PYTHON)
-def test_python_runs(page: str, workplace: Path) -> None:
+def test_python_runs(page: str, workplace: Path, hub: None) -> None:
     names: dict[str, object] = {"__name__": "docs"}
     for block in BLOCKS:
         if block.page == page and block.info == "python":

@@ -59,7 +59,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dyhead-zoo", description="A zoo of object detectors around Dynamic Head.")
     parser.add_argument("--version", action="version", version=f"dyhead-zoo {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for add in (_add_list, _add_info, _add_predict, _add_eval, _add_train, _add_benchmark, _add_push, _add_pull):
+    for add in (
+        _add_list,
+        _add_info,
+        _add_predict,
+        _add_eval,
+        _add_train,
+        _add_benchmark,
+        _add_push,
+        _add_pull,
+        _add_verify,
+    ):
         verb = add(verbs)
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -381,8 +391,8 @@ def _add_push(verbs: Any) -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "push",
         help="put a detector on the Hugging Face Hub",
-        description="Push a detector to a repository of the Hub, in one commit or none; `hf auth login` or HF_TOKEN says "
-        "who you are. A card that is there already stays unless --card gives another.",
+        description="Push a detector to a repository of the Hub, in one commit or none; `hf auth login` or HF_TOKEN "
+        "says who you are. A card that is there already stays unless --card gives another.",
     )
     verb.add_argument("detector", metavar="NAME|PATH", help="name.tag, a saved folder, or a weight file of train")
     verb.add_argument("repo_id", metavar="ORG/REPO", help="created if need be")
@@ -404,6 +414,7 @@ def run_push(args: argparse.Namespace) -> int:
     import tempfile
 
     from dyhead_zoo import create_detector, push_to_hub, save_for_hub
+    from dyhead_zoo.hub import saved_files
 
     card = args.card.read_text(encoding="utf-8") if args.card else None
     record = json.loads(args.record.read_text()) if args.record else None
@@ -415,8 +426,8 @@ def run_push(args: argparse.Namespace) -> int:
             detector = create_detector(f"local-dir:{path}" if path.exists() else args.detector, pretrained=True)
             folder = save_for_hub(detector, Path(temporary) / "detector", card=card, record=record)
         if args.dry_run:
-            for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-                print(f"{file.stat().st_size:>12}  {file.relative_to(folder)}")
+            for name in saved_files(folder):
+                print(f"{(folder / name).stat().st_size:>12}  {name}")
             print(f"nothing was sent to {args.repo_id}: leave out --dry-run to push")
             return 0
         commit = push_to_hub(
@@ -448,6 +459,35 @@ def run_pull(args: argparse.Namespace) -> int:
     folder = pull(repo_id, args.folder or Path(repo_id.rpartition("/")[2]), revision=revision or None)
     print(f"pulled: create_detector('local-dir:{folder}')")
     return 0
+
+
+# -- verify -----------------------------------------------------------------------------------------------------------
+
+
+def _add_verify(verbs: Any) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(
+        "verify",
+        help="recompute what published weights must give",
+        description="Recompute the golden tensors that come with weights, and say which stage departs from them and by "
+        "how much. Exit status 1: one does.",
+    )
+    verb.add_argument("name", metavar="NAME", help="name.tag, hf-hub:ORG/REPO[@REVISION], or local-dir:PATH")
+    verb.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, ..; default: %(default)s")
+    verb.set_defaults(run=run_verify)
+    return verb
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Compare a detector with its golden tensors; 1 if it departs from them."""
+    from dyhead_zoo import create_detector
+    from dyhead_zoo.golden import golden_path, read_golden, verify
+
+    _check_device(args.device)
+    golden, made_with = read_golden(golden_path(args.name))
+    result = verify(create_detector(args.name, pretrained=True).to(args.device), golden)
+    print(f"golden tensors of {', '.join(f'{key} {value}' for key, value in sorted(made_with.items()))}")
+    print(result.report())
+    return 0 if result.passed else 1
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ shape, three statistics and a sample, so that it stays below 200 kB.
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,10 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from dyhead_zoo.detector import Detector, eval_mode
+from dyhead_zoo.download import hub_file
 from dyhead_zoo.layers.backbone import Backbone
+from dyhead_zoo.pretrained import BUNDLED
+from dyhead_zoo.registry import get_pretrained_cfg
 from dyhead_zoo.structures import Detections
 from dyhead_zoo.version import __version__
 from dyhead_zoo.weights import CheckpointError, read_state_dict, write_safetensors
@@ -40,6 +44,7 @@ MIN_IOU, MAX_SCORE_CHANGE = 0.95, 0.01
 MAX_UNMATCHED = 0.05
 """Share of detections without a counterpart that rounding may cause, where one is near a threshold."""
 
+_BESIDE = ".golden.safetensors"
 _SIZE = (96, 128)  # pixels of the canvas, before it is rounded up to the divisor
 _SAMPLES = 512
 _STEP = 1_000_003  # a prime, so that the sample meets all rows, columns and channels
@@ -133,7 +138,7 @@ def write_golden(detector: Detector, folder: str | Path, file_name: str = GOLDEN
     device = torch.cuda.get_device_name(detector.device) if detector.device.type == "cuda" else detector.device.type
     versions = {"dyhead_zoo": __version__, "torch": torch.__version__}
     versions |= {"torchvision": torchvision.__version__, "timm": timm.__version__}
-    made = {"name": detector.name, "dtype": str(detector.mean.dtype), "hardware": f"{platform.machine()} {device}"}
+    made = {"name": detector.name, "dtype": "float32", "hardware": f"{platform.machine()} {device}"}
     write_safetensors(path, make_golden(detector), made | versions)
     return path
 
@@ -153,11 +158,38 @@ def read_golden(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return golden, made_with
 
 
-def verify(detector: Detector, golden: Mapping[str, Tensor]) -> Verification:
-    """Recompute golden tensors, on the detector's device and in its precision, and compare.
+def golden_path(name: str) -> Path:
+    """The golden tensors of published or saved weights; fetched, if need be.
 
     Args:
-        detector: the one to test; the tolerances are those of float32.
+        name: as for ``create_detector``: a name with or without a tag, ``hf-hub:org/repo[@revision]``, or
+            ``local-dir:`` with a folder or a weight file.
+
+    Raises:
+        ValueError: if nobody publishes any for this name.
+        DownloadError: if they cannot be had.
+    """
+    scheme, _, rest = name.partition(":")
+    if scheme == "local-dir":
+        return Path(rest) / GOLDEN_FILE if Path(rest).is_dir() else Path(rest).with_suffix(_BESIDE)
+    if scheme == "hf-hub":
+        repo_id, _, revision = rest.partition("@")
+        return hub_file(repo_id, GOLDEN_FILE, revision=revision or None)
+    cfg = get_pretrained_cfg(name)
+    if cfg.file:
+        return BUNDLED / Path(cfg.file).with_suffix(_BESIDE)
+    if cfg.hf_hub_id:
+        return hub_file(cfg.hf_hub_id, GOLDEN_FILE, revision=cfg.hf_hub_revision)
+    raise ValueError(
+        f"{name} has no golden tensors: only bundled weights, repositories and saved folders come with them"
+    )
+
+
+def verify(detector: Detector, golden: Mapping[str, Tensor]) -> Verification:
+    """Recompute golden tensors, on the detector's device and in float32, and compare.
+
+    Args:
+        detector: the one to test.
         golden: from ``make_golden`` or ``read_golden``.
 
     Raises:
@@ -210,6 +242,8 @@ def _pictures(detector: Detector) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _observe(detector: Detector, images: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
     """What every stage gives for these images, in the layout of ``make_golden`` and the order of computation."""
+    if detector.mean.dtype != torch.float32:  # files of half precision are run in float32 by those who load them
+        detector = copy.deepcopy(detector).float()
     device = detector.device
     images, image_sizes = images.to(device), image_sizes.to(device)
     with eval_mode(detector), torch.autocast(device.type, enabled=False), _without_tf32(device):

@@ -24,13 +24,10 @@ def sweep():
     return module
 
 
-KNOWN = {"hrnet": "no gradient for 21 parameters"}  # of the branch at stride 4, which the neck does not ask for
-
-
 @pytest.mark.parametrize("module", SMALLEST)
 def test_the_smallest_of_each_module_trains(sweep, module):
     row = sweep.check(SMALLEST[module], limit=170)
-    assert KNOWN.get(module, "ok") in row["result"], row
+    assert row["result"] == "ok", row
     assert row["checked"] == "gradients" or row["parameters"] > 170e6
 
 
@@ -93,6 +90,24 @@ def test_fixed_canvas_pads_smaller_images_and_refuses_larger_ones():
     assert [tuple(x.shape[-2:]) for x in backbone(torch.randn(1, 3, 100, 224))] == [(28, 28), (14, 14), (7, 7)]
     with pytest.raises(ValueError, match=r"canvas of 224 x 224 px and got 224 x 256.*image_size=\(224, 256\)"):
         backbone(torch.randn(1, 3, 224, 256))
+
+
+@pytest.mark.parametrize("name", ["eca_halonext26ts", "haloregnetz_b", "bat_resnext26ts"])
+def test_attention_within_blocks_takes_any_canvas(name):
+    """Blocks of 8, 7 and 8 cells: the canvas is padded to whole blocks, the levels are cut back to the image."""
+    with torch.device("meta"):
+        levels = Backbone(name)(torch.zeros(2, 3, 100, 260))
+    assert [tuple(x.shape[-2:]) for x in levels] == [(13, 33), (7, 17), (4, 9)]
+
+
+def test_branches_of_hrnet_that_no_level_reads_are_frozen():
+    def frozen(*strides):
+        with torch.device("meta"):
+            body = Backbone("hrnet_w18_small", strides=strides).body
+        return {key.rpartition(".fuse_layers")[2][:3] for key, p in body.named_parameters() if not p.requires_grad}
+
+    assert not frozen(4, 8, 16, 32)
+    assert ".0." in frozen(8, 16, 32)
 
 
 def test_checkpointed_and_plain_gradients_agree():

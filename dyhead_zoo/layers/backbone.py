@@ -16,7 +16,10 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers.halo_attn import HaloAttn
+from timm.layers.non_local_attn import BilinearAttnTransform
 from timm.models import adapt_input_conv, group_parameters
+from timm.models.hrnet import HighResolutionNet
 from timm.models.resnet import Bottleneck
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
@@ -156,9 +159,11 @@ class Backbone(nn.Module):
                 f"timm's weights of {self.name} could not be had ({str(error).splitlines()[0]}): pass "
                 "pretrained_backbone=FILE with a timm checkpoint, or go without"
             ) from error
+        if hasattr(body, "pooling_kernel_size"):
+            body.global_pool = ""  # Gemma 4's encoder asks for canvases that suit a pooling which is not run here
         info: list[dict[str, Any]] = list(body.feature_info)
         reductions = [int(level["reduction"]) for level in info]
-        self._divisor = max(reductions)
+        self._divisor = max(reductions) * _block_side(body)
         self._sources = [_nearest_level(reductions, stride) for stride in self.strides]
         self._taps = sorted(set(self._sources))
         self._take: list[int] = body.prune_intermediate_layers(self._taps, prune_norm=True, prune_head=True)
@@ -183,6 +188,7 @@ class Backbone(nn.Module):
             _load_body(body, pretrained, in_chans, self.name)
         self.norm_eval = norm_eval or freeze_norm
         self._frozen_norms: list[nn.Module] = []
+        _freeze_unread_branches(body, self._taps)
         self._freeze(body, frozen_stages, freeze_norm)
 
     def _freeze(self, body: Any, frozen_stages: int, freeze_norm: bool) -> None:
@@ -283,6 +289,21 @@ def _accepts(name: str, kwargs: Mapping[str, Any]) -> bool:
     except (TypeError, ValueError, AssertionError, RuntimeError):  # timm has no common error for this
         return False
     return True
+
+
+def _block_side(body: nn.Module) -> int:
+    """Cells of the coarsest map that a canvas must be a multiple of, for attention within blocks."""
+    kinds = (HaloAttn, BilinearAttnTransform)
+    return math.lcm(*(int(m.block_size) for m in body.modules() if isinstance(m, kinds)))
+
+
+def _freeze_unread_branches(body: nn.Module, taps: Sequence[int]) -> None:
+    """HRNet's branches end together; what makes the outputs that no level reads gets no gradient, which DDP refuses."""
+    if isinstance(body, HighResolutionNet):
+        for branch in set(range(len(body.stage4[-1].fuse_layers))) - {tap - 1 for tap in taps}:
+            body.stage4[-1].fuse_layers[branch].requires_grad_(False)
+            if body.incre_modules is not None and branch < len(body.incre_modules):
+                body.incre_modules[branch].requires_grad_(False)
 
 
 def _nearest_level(reductions: Sequence[int], stride: int) -> int:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dyhead_zoo.ops import deform_conv
+from dyhead_zoo.ops import deform_conv, deform_conv_cpu
 
 conv: Callable[..., Tensor] = deform_conv.modulated_deform_conv2d
 
@@ -111,7 +111,7 @@ def test_agrees_with_torchvision(case: Case, dtype: torch.dtype, tolerance: floa
 )
 def test_agrees_with_torchvision_for_any_shape_and_chunk(case: Case, chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deform_conv, "_chunk_pixels", lambda: chunk)
+        patch.setattr(deform_conv_cpu, "_CHUNK_PIXELS", chunk)
         assert_same_as_torchvision(case.tensors(), *case.geometry, tolerance=1e-13)
 
 
@@ -164,6 +164,16 @@ def test_empty_batch(backend: deform_conv.Backend) -> None:
     assert out.shape == (0, 5, 9, 12)
     out.sum().backward()
     assert weight.grad is not None and not weight.grad.any()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("place", [(0, 0), (8, 5), (3, 11), (4, 6)], ids=["corner", "bottom", "right", "inside"])
+def test_non_finite_inputs_reach_what_they_reach_in_torchvision(value: float, place: tuple[int, int]) -> None:
+    x, offset, mask, weight, bias = Case(spread=3.0).tensors()
+    x[0, 2, *place] = value
+    ours, reference = (conv(x, offset, mask, weight, bias, padding=1, backend=b) for b in ("bag", "torchvision"))
+    assert not reference.isfinite().all() and reference.isfinite().any()
+    torch.testing.assert_close(ours, reference, equal_nan=True)
 
 
 def test_infinite_offsets_are_outside_and_nan_comes_through() -> None:
@@ -262,8 +272,8 @@ def test_groups_fall_back_to_torchvision(groups: int, offset_groups: int) -> Non
 def test_what_int32_cannot_count_falls_back_to_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = Case().tensors()
     expected = conv(*tensors, padding=1)
-    monkeypatch.setattr(deform_conv, "_INT32_LIMIT", 9 * 12 * 9 * 4)
-    monkeypatch.setattr(deform_conv, "_bag_conv", None)
+    monkeypatch.setattr(deform_conv, "INT32_LIMIT", 9 * 12 * 9 * 4)
+    monkeypatch.setattr(deform_conv_cpu, "deform_conv2d", None)
     torch.testing.assert_close(conv(*tensors, padding=1), expected)
     with pytest.raises(ValueError, match="int32 can count, not 3888 samples"):
         conv(*tensors, padding=1, backend="bag")
@@ -271,9 +281,9 @@ def test_what_int32_cannot_count_falls_back_to_torchvision(monkeypatch: pytest.M
 
 def test_many_chunks_of_a_large_map_sort_by_int64(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(size=(24, 24), kernel=(1, 1), stride=3, padding=0)  # 64 pixels, 256 corners, 576 rows
-    monkeypatch.setattr(deform_conv, "_INT32_LIMIT", 1000)
-    monkeypatch.setattr(deform_conv, "_chunk_pixels", lambda: 4)
-    key, _ = deform_conv._readers(torch.zeros(256, dtype=torch.int32), 576, 16)
+    monkeypatch.setattr(deform_conv_cpu, "INT32_LIMIT", 1000)
+    monkeypatch.setattr(deform_conv_cpu, "_CHUNK_PIXELS", 4)
+    key, _ = deform_conv_cpu._readers(torch.zeros(256, dtype=torch.int32), 576, 16)
     assert key.dtype == torch.int64
     assert_same_as_torchvision(case.tensors(), *case.geometry, tolerance=1e-13)
 
@@ -283,7 +293,7 @@ def test_many_chunks_of_a_large_map_sort_by_int64(monkeypatch: pytest.MonkeyPatc
 def test_packed_and_plain_products_agree(monkeypatch: pytest.MonkeyPatch, packing_pays: float) -> None:
     tensors = Case(size=(23, 24), batch=2, channels=16).tensors(torch.float32)
     reference = conv(*(t.double() for t in tensors), padding=1)
-    monkeypatch.setattr(deform_conv, "_PACKING_PAYS", packing_pays)
+    monkeypatch.setattr(deform_conv_cpu, "_PACKING_PAYS", packing_pays)
     assert relative_error(conv(*tensors, padding=1), reference) < 1e-6
 
 
@@ -292,13 +302,13 @@ def test_works_without_the_private_operators(monkeypatch: pytest.MonkeyPatch) ->
         raise TypeError("takes other arguments now")
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", changed_signature)
-    monkeypatch.setattr(deform_conv, "_PACKING_PAYS", 0)
-    deform_conv._packed_linear_works.cache_clear()
+    monkeypatch.setattr(deform_conv_cpu, "_PACKING_PAYS", 0)
+    deform_conv_cpu._packed_linear_works.cache_clear()
     try:
-        assert not deform_conv._packed_linear_works()
+        assert not deform_conv_cpu._packed_linear_works()
         assert_same_as_torchvision(Case().tensors(torch.float32), 1, 1, tolerance=5e-6)
     finally:
-        deform_conv._packed_linear_works.cache_clear()
+        deform_conv_cpu._packed_linear_works.cache_clear()
 
 
 class _Layer(nn.Module):

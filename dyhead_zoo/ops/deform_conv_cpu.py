@@ -1,0 +1,394 @@
+"""Modulated deformable convolution on CPUs in plain PyTorch, at about the price of a dense convolution.
+
+1. *Plan.* For each (pixel, tap) the four neighbours become four row numbers of the input seen as a (B·H·W, C) table,
+   and four weights: bilinear weight times mask, zero outside the map. This touches no channel, so it is cheap; offsets
+   and mask get their gradients through the weights.
+2. *Sampling.* A weighted sum of a few rows of a table is what ``embedding_bag`` computes, with a vectorised kernel on
+   the CPU: 4 multiply-adds for each sampled value, where step 3 does O of them.
+3. *Contraction.* The samples, (pixels, K·C), are multiplied by the weight matrix: the multiply-adds of a dense
+   convolution. Steps 2 and 3 take a few hundred pixels at a time, so that the samples stay in the cache and never exist
+   as a whole; the backward pass takes them again instead of keeping them.
+
+One group and one offset group; what else is asked for goes to the reference, see ``deform_conv.py``.
+
+**Private operators.** For float32 the matrix is packed for oneDNN by ``torch.ops.mkldnn._reorder_linear_weight`` and
+applied by ``_linear_pointwise``, the operators of torch.compile's CPU code; plain ``F.linear`` is 8 to 30 % slower.
+They are used only after a tiny trial run gave the right answer; otherwise ``F.linear`` takes their place. The backward
+pass calls ``aten::_embedding_bag_per_sample_weights_backward``, which is behind the gradient of ``F.embedding_bag``.
+
+**Non-finite inputs.** A neighbour outside the map is replaced by a border pixel of weight zero. Where the border holds
+an Inf or NaN, which zero does not cancel, the map gets a border of zeros first, as torchvision's operator behaves.
+Infinite offsets are outside the map; NaN offsets give NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Pair = tuple[int, int]
+Linear = Callable[[Tensor, Tensor | None], Tensor]
+
+INT32_LIMIT = 2**31
+_PACKING_PAYS = 10**9  # multiply-adds from which on packing the matrix costs less than it saves
+_CHUNK_PIXELS = 1024  # per matrix product: samples small enough for the cache, yet enough work for each thread
+
+
+class Geometry(NamedTuple):
+    """Where the taps of a convolution lie; every field is (vertical, horizontal)."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+    @property
+    def taps(self) -> int:
+        """Number of taps, K."""
+        return self.kernel[0] * self.kernel[1]
+
+    def out_size(self, in_size: Pair) -> Pair:
+        """(height, width) of the output for an input of that (height, width)."""
+        height, width = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(in_size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+        return height, width
+
+
+def deform_conv2d(
+    x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """The three steps above, for arguments that ``modulated_deform_conv2d`` has checked; channels_last output."""
+    if not _border_is_finite(x):
+        (top, left), x = geometry.padding, F.pad(x, (1, 1, 1, 1))
+        geometry = geometry._replace(padding=(top - 1, left - 1))
+    batch, _, out_h, out_w = offset.shape
+    dtype = position_dtype(x.dtype)
+    offset, mask = offset.to(dtype), None if mask is None else mask.to(dtype)
+    index, sample_weight = sampling_plan(offset, mask, (x.shape[2], x.shape[3]), geometry)
+    out = _SampleAndContract.apply(as_table(x), index, sample_weight.to(x.dtype), as_matrix(weight), bias)
+    return out.view(batch, out_h, out_w, -1).permute(0, 3, 1, 2)
+
+
+def position_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 where that is the dtype: bfloat16 has no fractions left beyond pixel 128."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def as_table(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> contiguous (B·H·W, C): a view of a channels_last tensor."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+    # image by image: the copy of a 2-D transpose is blocked, that of a 4-D permutation is not and takes twice as long
+    images = [image.flatten(1).t().contiguous() for image in x]
+    return images[0] if len(images) == 1 else torch.cat(images)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """(O, C, kh, kw) -> (O, K·C): a view of a channels_last tensor."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _border_is_finite(x: Tensor) -> bool:
+    """Whether the outermost pixels, the only ones that stand in for others, hold neither Inf nor NaN."""
+    strips = (x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1])
+    return all(bool(strip.detach().sum(dtype=position_dtype(x.dtype)).isfinite()) for strip in strips)
+
+
+# -- step 1 ------------------------------------------------------------------------------------------------------------
+
+
+def sampling_plan(
+    offset: Tensor, mask: Tensor | None, in_size: Pair, geometry: Geometry, first_row: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Which rows of the table make up each sample, and with which weights.
+
+    Args:
+        offset: (B, 2·K, Ho, Wo) in input pixels, (dy, dx) pairs, float32 or float64. channels_last spares a copy.
+        mask: (B, K, Ho, Wo), of the dtype of ``offset``, or None for 1.
+        in_size: (height, width) of the maps that are sampled.
+        geometry: of the convolution.
+        first_row: row of the table at which the first map begins.
+
+    Returns:
+        index: (P·K·4,) int32, ordered by pixel (b, y, x), tap, corner.
+        weight: (P·K·4,) like ``offset``, differentiable in ``offset`` and ``mask``; zero where a corner is off the map.
+    """
+    index, weight = _SamplingPlan.apply(offset, mask, in_size, geometry, first_row)
+    return index, weight
+
+
+class _SamplingPlan(torch.autograd.Function):
+    """``sampling_plan`` with in-place arithmetic, and its derivative written out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, offset: Tensor, mask: Tensor | None, in_size: Pair, geometry: Geometry, first_row: int
+    ) -> tuple[Tensor, Tensor]:
+        offset, mask = _pixels_first(offset), None if mask is None else _pixels_first(mask)
+        batch, out_h, out_w, _ = offset.shape
+        grid_y, grid_x = _grid((out_h, out_w), geometry, offset)
+        y0, y1, weight_y0, weight_y1, inside_y0, inside_y1 = _neighbours(offset[..., 0::2] + grid_y, in_size[0])
+        x0, x1, weight_x0, weight_x1, inside_x0, inside_x1 = _neighbours(offset[..., 1::2] + grid_x, in_size[1])
+        if any(ctx.needs_input_grad[:2]):
+            ctx.has_mask = mask is not None
+            ctx.save_for_backward(
+                *(weight_y0.clone(), weight_y1.clone(), weight_x0, weight_x1),
+                *(inside_y0, inside_y1, inside_x0, inside_x1),
+                *(() if mask is None else (mask,)),
+            )
+        rows = torch.arange(batch, dtype=torch.int32, device=offset.device).view(-1, 1, 1, 1) * (
+            in_size[0] * in_size[1]
+        )
+        for y in (y0, y1):
+            y.mul_(in_size[1]).add_(rows + first_row)
+        if mask is not None:
+            weight_y0.mul_(mask)
+            weight_y1.mul_(mask)
+        index = y0.new_empty(*y0.shape, 4)
+        weight = offset.new_empty(*y0.shape, 4)
+        for corner, (row, column) in enumerate(((y0, x0), (y0, x1), (y1, x0), (y1, x1))):
+            torch.add(row, column, out=index[..., corner])
+        pairs = ((weight_y0, weight_x0), (weight_y0, weight_x1), (weight_y1, weight_x0), (weight_y1, weight_x1))
+        for corner, (vertical, horizontal) in enumerate(pairs):
+            torch.mul(vertical, horizontal, out=weight[..., corner])
+        index = index.flatten()
+        ctx.mark_non_differentiable(index)
+        return index, weight.flatten()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
+        y0, y1, x0, x1, inside_y0, inside_y1, inside_x0, inside_x1, *masks = ctx.saved_tensors
+        g00, g01, g10, g11 = grad_weight.view(*y0.shape, 4).unbind(-1)
+        upper, lower = g00 * x0 + g01 * x1, g10 * x0 + g11 * x1
+        left, right = g00 * y0 + g10 * y1, g01 * y0 + g11 * y1
+        grad_offset = grad_weight.new_empty(*y0.shape, 2)
+        # the weights of the neighbours are 1 - fraction and fraction, inside the map
+        torch.sub(lower * inside_y1, upper * inside_y0, out=grad_offset[..., 0])
+        torch.sub(right * inside_x1, left * inside_x0, out=grad_offset[..., 1])
+        grad_mask = None
+        if masks:
+            grad_offset *= masks[0][..., None]
+            grad_mask = (upper * y0 + lower * y1).permute(0, 3, 1, 2)
+        return grad_offset.flatten(3).permute(0, 3, 1, 2), grad_mask, None, None, None
+
+
+def _pixels_first(field: Tensor) -> Tensor:
+    """(B, K, H, W) -> (B, H, W, K) with neighbouring numbers side by side; a view of (part of) a channels_last map."""
+    view = field.permute(0, 2, 3, 1)
+    if view.stride(-1) == 1:
+        return view
+    batch, count, height, width = field.shape
+    return as_table(field).view(batch, height, width, count)
+
+
+def _grid(out_size: Pair, geometry: Geometry, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions without offsets: rows (Ho, 1, K) and columns (Wo, K), in input pixels."""
+    tap = torch.arange(geometry.taps, device=like.device)
+    rows, columns = (
+        torch.arange(n, device=like.device)[:, None] * stride - padding + tap_position * dilation
+        for n, stride, padding, dilation, tap_position in zip(
+            out_size,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            (tap // geometry.kernel[1], tap % geometry.kernel[1]),
+            strict=True,
+        )
+    )
+    return rows[:, None].to(like.dtype), columns.to(like.dtype)
+
+
+def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Linear interpolation along an axis of ``size`` pixels; overwrites ``position``.
+
+    Returns:
+        The lower and the upper neighbour, int32, moved into the axis; their weights, zero if they had to be moved; and
+        1 or 0 for whether they lie inside.
+    """
+    # further out everything is zero, and a huge position would overflow int32
+    position.clamp_(-2, size + 1)
+    low = position.floor()
+    fraction = position.sub_(low)
+    low_inside = low.clamp(0, size - 1)
+    inside0 = (low - low_inside).abs_().neg_().add_(1).clamp_(0, 1)
+    low.add_(1)
+    high_inside = low.clamp(0, size - 1)
+    inside1 = low.sub_(high_inside).abs_().neg_().add_(1).clamp_(0, 1)
+    # products, not torch.where: a NaN must come through
+    weight0 = torch.addcmul(inside0, fraction, inside0, value=-1)
+    weight1 = fraction.mul_(inside1)
+    # clamped again, for NaN
+    first, second = (i.to(torch.int32).clamp_(0, size - 1) for i in (low_inside, high_inside))
+    return first, second, weight0, weight1, inside0, inside1
+
+
+# -- steps 2 and 3 -----------------------------------------------------------------------------------------------------
+
+
+def sample_and_contract(
+    table: Tensor,
+    index: Tensor,
+    sample_weight: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    linear: Linear | None = None,
+) -> Tensor:
+    """Steps 2 and 3, out = (samples of the table, (P, K·C)) @ matrix.T + bias, without gradients.
+
+    Args:
+        table: (R, C).
+        index: (P·K·4,) int32, from ``sampling_plan``.
+        sample_weight: (P·K·4,), of the dtype of ``table``.
+        matrix: (O, K·C), of the dtype of ``table``.
+        bias: (O,) or None.
+        linear: ``packed_linear`` of ``matrix``, if that has been made before.
+
+    Returns:
+        (P, O).
+    """
+    per_pixel = matrix.shape[1] // table.shape[1] * 4
+    pixels = len(index) // per_pixel
+    chunk = min(_CHUNK_PIXELS, pixels)
+    bag_starts = torch.arange(0, chunk * per_pixel, 4, dtype=torch.int32, device=table.device)
+    linear = linear or packed_linear(matrix, pixels)
+    out = table.new_empty(pixels, len(matrix))
+    for start in range(0, pixels, chunk):
+        part = slice(start * per_pixel, (start + chunk) * per_pixel)
+        part_index = index[part]
+        samples = _sum_bags(table, part_index, bag_starts[: len(part_index) // 4], sample_weight[part])
+        out[start : start + chunk] = linear(samples.view(-1, matrix.shape[1]), bias)
+        del samples  # the next ones take its memory, which is in the cache
+    return out
+
+
+class _SampleAndContract(torch.autograd.Function):
+    """``sample_and_contract`` with gradients of table, weights of the samples, matrix and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, table: Tensor, index: Tensor, sample_weight: Tensor, matrix: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(table, index, sample_weight, matrix)
+        return sample_and_contract(table, index, sample_weight, matrix, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        table, index, sample_weight, matrix = ctx.saved_tensors
+        # backward() may be called inside an autocast region, which would change the dtype of the products
+        with torch.autocast(grad_out.device.type, enabled=False):
+            return _backward(grad_out.contiguous(), table, index, sample_weight, matrix, ctx.needs_input_grad)
+
+
+def _backward(
+    grad_out: Tensor, table: Tensor, index: Tensor, sample_weight: Tensor, matrix: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the five inputs of ``_SampleAndContract``, None for those that ``needs`` does not ask for."""
+    need_table, _, need_sample_weight, need_matrix, need_bias = needs
+    rows, channels = table.shape
+    pixels, per_pixel = len(grad_out), matrix.shape[1] // channels * 4
+    chunk = min(_CHUNK_PIXELS, pixels)
+    sum_dtype = position_dtype(table.dtype)  # sums over many chunks
+    grad_table = torch.zeros_like(table, dtype=sum_dtype) if need_table else None
+    grad_sample_weight = torch.empty_like(sample_weight) if need_sample_weight else None
+    grad_matrix = torch.zeros_like(matrix, dtype=sum_dtype) if need_matrix else None
+    bag_starts = torch.arange(0, chunk * per_pixel, 4, dtype=torch.int32, device=table.device)
+    bag_of_sample = torch.arange(chunk * per_pixel, dtype=torch.int32, device=table.device) // 4
+    linear = packed_linear(matrix.t(), pixels)
+    readers = _readers(index, rows, chunk * per_pixel) if need_table else None
+    for number, start in enumerate(range(0, pixels, chunk)):
+        part = slice(start * per_pixel, (start + chunk) * per_pixel)
+        part_index, part_weight, part_grad = index[part], sample_weight[part], grad_out[start : start + chunk]
+        part_starts = bag_starts[: len(part_index) // 4]
+        if grad_matrix is not None:
+            samples = _sum_bags(table, part_index, part_starts, part_weight).view(-1, matrix.shape[1])
+            _add_product(grad_matrix, part_grad.t(), samples)
+            del samples
+        if grad_sample_weight is None and grad_table is None:
+            continue
+        grad_samples = linear(part_grad, None).view(-1, channels)
+        if grad_sample_weight is not None:
+            grad_sample_weight[part] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                grad_samples, table, part_index, part_starts, bag_of_sample[: len(part_index)], 0, -1
+            )
+        if grad_table is not None and readers is not None:
+            key, corner = (values[part] for values in readers)
+            _scatter(grad_table, key - number * rows, corner, grad_samples, part_weight)
+    return (
+        None if grad_table is None else grad_table.to(table.dtype),
+        None,
+        grad_sample_weight,
+        None if grad_matrix is None else grad_matrix.to(matrix.dtype),
+        grad_out.sum(0) if need_bias else None,
+    )
+
+
+def _readers(index: Tensor, rows: int, chunk_length: int) -> tuple[Tensor, Tensor]:
+    """The plan transposed, chunk by chunk: by whom each row of the table is read. One sort is far cheaper than many.
+
+    Returns:
+        key: ``chunk · rows + row``, ascending.
+        corner: int32, the position within the chunk of the entry of ``index`` that reads this row.
+    """
+    chunks = -(-len(index) // chunk_length)
+    dtype = torch.int32 if chunks * rows < INT32_LIMIT else torch.int64
+    chunk = torch.arange(len(index), dtype=torch.int32, device=index.device) // chunk_length
+    key, order = torch.sort(chunk.to(dtype) * rows + index, stable=True)
+    return key, order.to(torch.int32) % chunk_length
+
+
+def _scatter(grad_table: Tensor, row: Tensor, corner: Tensor, grad_samples: Tensor, weight: Tensor) -> None:
+    """Add to each row of ``grad_table`` the gradients of the samples that read it; ``row`` is ascending.
+
+    Again this is a weighted sum per bag, one bag for each row from the first to the last that is read.
+    """
+    first, last = int(row[0]), int(row[-1])
+    starts = torch.searchsorted(row, torch.arange(first, last + 1, dtype=row.dtype, device=row.device), out_int32=True)
+    grad_table[first : last + 1] += _sum_bags(grad_samples, corner // 4, starts, weight[corner])
+
+
+def _sum_bags(table: Tensor, index: Tensor, starts: Tensor, weight: Tensor) -> Tensor:
+    """Sum of weight · table[index] over each bag; a bag extends to the start of the next."""
+    return torch.embedding_bag(table.detach(), index, starts, False, 0, False, weight.detach())[0]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total may be of a wider dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def packed_linear(matrix: Tensor, rows: int) -> Linear:
+    """A function (values (n, in), bias) -> values @ matrix.T + bias for ``matrix`` (out, in).
+
+    It is going to be called for ``rows`` values in all.
+    """
+    matrix = matrix.contiguous()
+    suitable = matrix.device.type == "cpu" and matrix.dtype == torch.float32
+    if suitable and rows * matrix.numel() >= _PACKING_PAYS and _packed_linear_works():
+        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, min(rows, _CHUNK_PIXELS))
+        return lambda values, bias: torch.ops.mkldnn._linear_pointwise(values, packed, bias, "none", [], "")
+    return lambda values, bias: F.linear(values, matrix, bias)
+
+
+@functools.cache
+def _packed_linear_works() -> bool:
+    """Whether this build of torch has oneDNN's packed linear with the private signature that we rely on."""
+    matrix, values, bias = torch.arange(6.0).view(2, 3), torch.ones(4, 3), torch.ones(2)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, 4)
+        out = torch.ops.mkldnn._linear_pointwise(values, packed, bias, "none", [], "")
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.allclose(out, F.linear(values, matrix, bias))

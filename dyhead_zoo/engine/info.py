@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyhead_zoo.detector import Detector
 from dyhead_zoo.factory import create_detector
+from dyhead_zoo.layers.backbone import Backbone
 from dyhead_zoo.pretrained import PretrainedCfg
 
 
@@ -29,6 +30,9 @@ def count_macs(detector: Detector, height: int, width: int) -> int:
     meta device: shapes only, no arithmetic.
     """
     shadow = copy.deepcopy(detector).to("meta").eval()
+    for module in shadow.modules():
+        if isinstance(module, Backbone):
+            module.full_precision = False  # it would ask for autocast, which the meta device lacks
     images = torch.empty(1, detector.in_chans, height, width, dtype=torch.uint8, device="meta")
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_conv_flops})
     with counter, torch.no_grad():
@@ -51,7 +55,8 @@ def canvas_of(cfg: PretrainedCfg) -> tuple[int, int]:
 
 def describe(name: str) -> str:
     """Size, cost, labels, input, source and figures of a named detector; its weights are not loaded."""
-    detector = create_detector(name)
+    with torch.device("meta"):  # sizes need no numbers
+        detector = create_detector(name)
     cfg = detector.pretrained_cfg
     height, width = canvas_of(cfg)
     rows = {

@@ -143,7 +143,7 @@ def eval_results_yaml(config: Mapping[str, Any], record: Mapping[str, Any]) -> d
             task_id=f"{slug}_{name.lower()}",  # says that it is not the data set's own validation part
             value=round(100 * record["metrics"][name], 2),
             date=record["date"],
-            notes=f"{name} (percent) on {data['name']}, {data['split']}, {data['images']} images{_between(record, name)}",
+            notes=f"{name}, % of {data['name']}, {data['split']}, {data['images']} images{_between(record, name)}",
         )
         for name in ("AP", "AP50")
         if record["metrics"][name] is not None

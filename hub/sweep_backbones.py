@@ -18,13 +18,14 @@ import logging
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 
 from dyhead_zoo import TrainStep, create_detector
 from dyhead_zoo.detector import Detector
+from dyhead_zoo.layers.backbone import Backbone
 
 FIELDS = ("name", "module", "timm", "parameters", "canvas", "kind", "checked", "result", "seconds")
 ODD_CANVAS = (101, 149)  # pixels, no multiple of anything
@@ -38,8 +39,9 @@ def check(name: str, limit: float) -> dict[str, Any]:
     try:
         with torch.device("meta"):
             detector = build(name)
-        row["parameters"] = sum(p.numel() for p in detector.backbone.body.parameters())  # type: ignore[union-attr]
-        fixed = detector.backbone.image_size
+        backbone = cast(Backbone, detector.backbone)
+        row["parameters"] = sum(p.numel() for p in backbone.body.parameters())
+        fixed = backbone.image_size
         canvas = fixed or ODD_CANVAS
         row |= {"kind": "fixed" if fixed else "dynamic", "canvas": f"{canvas[0]}x{canvas[1]}"}
         if row["parameters"] > limit * 1e6:
@@ -66,10 +68,11 @@ def build(name: str) -> Detector:
 
 def judge_shapes(detector: Detector, canvas: tuple[int, int]) -> None:
     """Raise unless the levels have the sizes that their strides say."""
+    backbone = cast(Backbone, detector.eval().backbone)
     with torch.no_grad():
-        levels = detector.eval().backbone(torch.zeros(1, 3, *canvas, device=detector.device))
+        levels = backbone(torch.zeros(1, 3, *canvas, device=detector.device))
     sizes = [tuple(x.shape[-2:]) for x in levels]
-    expected = [(-(-canvas[0] // s), -(-canvas[1] // s)) for s in detector.backbone.strides]  # type: ignore[union-attr]
+    expected = [(-(-canvas[0] // s), -(-canvas[1] // s)) for s in backbone.strides]
     if sizes != expected:
         raise ValueError(f"levels of {sizes}, expected {expected}")
 
@@ -80,7 +83,7 @@ def judge_gradients(detector: Detector, canvas: tuple[int, int]) -> None:
     box = torch.tensor([[canvas[1] * 0.1, canvas[0] * 0.1, canvas[1] * 0.7, canvas[0] * 0.8]])
     targets = [{"boxes": box, "labels": torch.tensor([i])} for i in range(2)]
     sizes = torch.tensor([canvas] * 2)
-    sum(TrainStep(detector.train())(images, sizes, targets).values()).backward()  # type: ignore[union-attr]
+    sum(TrainStep(detector.train())(images, sizes, targets).values()).backward()
     parameters = [(k, p.grad) for k, p in detector.named_parameters() if p.requires_grad]
     if none := [key for key, gradient in parameters if gradient is None]:
         raise ValueError(f"no gradient for {len(none)} parameters: {none[:3]}")

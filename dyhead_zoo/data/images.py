@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -127,6 +127,8 @@ def _open(source: Path | bytes, name: str, max_pixels: int | None) -> Image.Imag
         raise ValueError(
             f"{name}: {error}; if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels"
         ) from error
+    except UnidentifiedImageError as error:  # whose message names the object that holds the bytes
+        raise ValueError(f"{name} is no picture in one of {FORMATS}, or its beginning is damaged") from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged headers
         raise ValueError(f"{name} is no picture in one of {FORMATS}, or is damaged ({error})") from error
     _check_pixels(image, name, max_pixels)

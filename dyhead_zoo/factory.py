@@ -127,7 +127,7 @@ def _from_saved(path: Path, user: dict[str, Any]) -> Detector:
         raise ValueError(
             f"{path} does not say which detector it belongs to: use create_detector(NAME, checkpoint={str(path)!r})"
         )
-    weights = (weights_in(path) if path.is_dir() else path).resolve()
+    weights = (weights_in(path) if path.is_dir() else path).absolute()
     cfg = PretrainedCfg.from_dict(config["pretrained_cfg"]).replace(
         file=str(weights), source="native", sha256=None, hash_prefix=None, arch=config["arch"]
     )

@@ -141,16 +141,16 @@ def _move(new: Path, folder: Path) -> None:
         new.rename(folder)
         return
     (folder / CONFIG_FILE).unlink(missing_ok=True)
-    for name in _files(folder):
+    for name in saved_files(folder):
         if _matches(name, _OF_THE_WEIGHTS):
             (folder / name).unlink()
-    for name in sorted(_files(new), key=lambda name: name == CONFIG_FILE):
+    for name in sorted(saved_files(new), key=lambda name: name == CONFIG_FILE):
         (folder / name).parent.mkdir(exist_ok=True)
         (new / name).replace(folder / name)
 
 
-def _files(folder: Path) -> list[str]:
-    """Those of ``_FILES`` that a folder has, as POSIX paths."""
+def saved_files(folder: Path) -> list[str]:
+    """Files of a saved detector that a folder has, relative to it, with slashes: what a push would send."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if _matches(name, _FILES))
 
@@ -226,17 +226,21 @@ def _push(
     tag: str | None,
 ) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    refs = api.list_repo_refs(repo_id)
+    try:
+        refs = api.list_repo_refs(repo_id)
+    except RepositoryNotFoundError:  # a token need not have the right to create where there is a repository
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        refs = api.list_repo_refs(repo_id)
     if tag in [ref.name for ref in refs.tags]:
         raise PushError(f"{repo_id} has a tag {tag!r} already: choose another, or delete that one")
     if revision not in (None, *(ref.name for ref in refs.branches)):
         api.create_branch(repo_id, branch=str(revision))
     head = api.model_info(repo_id, revision=revision)
     there = {file.rfilename for file in head.siblings or ()}
-    contents: dict[str, Path | bytes] = {name: folder / name for name in _files(folder)}
+    contents: dict[str, Path | bytes] = {name: folder / name for name in saved_files(folder)}
     if card is not None:
         contents[CARD_FILE] = card.encode()
     elif CARD_FILE in there:

@@ -33,7 +33,7 @@ _KEYS = {"format_version", "name", "arch", "pretrained_cfg"}
 _MAX_NUMBER = 65_536  # of any argument: channels, queries, candidates
 _MAX_SIDE = 10_000  # pixels
 _MAX_ITEMS = 1_000  # of any list
-_MAX_PARAMETERS = 20_000  # tensors; the largest detectors have some 2,000
+_MAX_PARAMETERS = 8_000  # tensors; the largest detectors have some 2,000
 _WORD = re.compile(r"[\w.+-]{1,100}")  # no path, no URL
 
 
@@ -53,7 +53,7 @@ def saved_config(path: str | Path) -> dict[str, Any] | None:
         if path.is_dir():
             config = read_json(path / CONFIG_FILE)
         else:
-            if path.is_file() and path.suffix != ".safetensors":
+            if path.is_file() and path.suffix not in (".safetensors", ".json"):
                 return None  # other tools' metadata have a "config" too
             header = read_header(path)[1]
             if "config" not in header:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import http.server
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from dyhead_zoo import download
 from dyhead_zoo.download import DownloadError, HashMismatch, cached_path, fetch, sha256_of
 from dyhead_zoo.pretrained import PretrainedCfg
+from dyhead_zoo.testing import LoopbackHub
 
 BODY = bytes(range(256)) * 20
 
@@ -243,45 +244,60 @@ def test_local_and_bundled_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         fetch(PretrainedCfg())
 
 
-def hub(monkeypatch: pytest.MonkeyPatch, result: Path | Exception) -> list[tuple[Any, ...]]:
-    calls = []
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub with the file, as a repository of dyhead_zoo has it."""
+    with LoopbackHub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        hub.put("org/name", {"config.json": b"{}", "model.safetensors": BODY}, revision="v1")
+        yield hub
 
-    def hf_hub_download(repo: str, file: str, *, revision: str | None, local_files_only: bool) -> str:
-        calls.append((repo, file, revision, local_files_only))
-        if isinstance(result, Exception):
-            raise result
-        return str(result)
 
-    monkeypatch.setattr(download, "hf_hub_download", hf_hub_download)
-    return calls
+CFG = PretrainedCfg(hf_hub_id="org/name", hf_hub_revision="v1")
 
 
 def test_the_hub_comes_first_where_the_hash_is_known(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str
+    server: Server, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str
 ) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(BODY)
-    calls = hub(monkeypatch, path)
-    cfg = PretrainedCfg(hf_hub_id="org/name", hf_hub_revision="v1", url=server.url("good.pth"))
-    assert fetch(cfg).parent != tmp_path and not calls  # unverifiable, and there is a URL
-    assert fetch(cfg.replace(sha256=digest)) == path
-    assert fetch(cfg.replace(url=None)) == path
-    assert calls == [("org/name", "model.safetensors", "v1", False)] * 2
+    cfg = CFG.replace(url=server.url("good.pth"))
+    fetch(cfg, tmp_path / "urls")
+    assert len(server.requests) == 1 and not hub.requests  # unverifiable, and there is a URL
+    for known in (cfg.replace(sha256=digest), CFG):
+        assert fetch(known, tmp_path / "hub").read_bytes() == BODY
+    assert sum(r.path.endswith("config.json") and r.method == "HEAD" for r in hub.requests) == 2  # counted as downloads
+    assert sum(r.path.endswith("model.safetensors") and r.method == "GET" for r in hub.requests) == 1
     monkeypatch.setenv("DYHEAD_ZOO_OFFLINE", "1")
-    fetch(cfg.replace(sha256=digest))
-    assert calls[-1][-1] is True
+    number = len(hub.requests)
+    assert fetch(cfg.replace(sha256=digest), tmp_path / "hub").read_bytes() == BODY
+    assert len(hub.requests) == number and len(server.requests) == 1
 
 
-def test_the_url_follows_when_the_hub_fails(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str
+def test_the_url_follows_when_the_hub_fails(server: Server, hub: LoopbackHub, tmp_path: Path, digest: str) -> None:
+    cfg = CFG.replace(sha256=digest, url=server.url("good.pth"))
+    hub.put("org/name", {"model.safetensors": b"another"}, revision="v1")
+    assert fetch(cfg, tmp_path).read_bytes() == BODY and len(server.requests) == 1
+    with pytest.raises(DownloadError, match=rf"org/name on the Hub: .*another model.safetensors .* expected {digest}"):
+        fetch(cfg.replace(url=None), tmp_path)
+    with pytest.raises(DownloadError, match="org/nothing on the Hub: org/nothing does not exist, or is private"):
+        fetch(cfg.replace(url=None, hf_hub_id="org/nothing"), tmp_path)
+
+
+def test_bundled_files_can_be_passed_over(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str
 ) -> None:
-    cfg = PretrainedCfg(hf_hub_id="org/name", url=server.url("good.pth"), sha256=digest)
-    hub(monkeypatch, LocalEntryNotFoundError("no connection"))
-    assert fetch(cfg).read_bytes() == BODY
-    with pytest.raises(DownloadError, match="org/name on the Hub: .*no connection"):
-        fetch(cfg.replace(url=None))
-    tampered = tmp_path / "model.safetensors"
-    tampered.write_bytes(b"x")
-    hub(monkeypatch, tampered)
-    with pytest.raises(DownloadError, match="org/name on the Hub: .*delete it to fetch it again"):
-        fetch(cfg.replace(url=None))
+    (tmp_path / "w.safetensors").write_bytes(BODY)
+    monkeypatch.setattr(download, "BUNDLED", tmp_path)
+    cfg = CFG.replace(file="w.safetensors", sha256=digest)
+    assert fetch(cfg) == tmp_path / "w.safetensors" and not hub.requests
+    monkeypatch.setenv("DYHEAD_ZOO_BUNDLED", "0")
+    assert "snapshots" in str(fetch(cfg, tmp_path / "cache"))
+    assert fetch(cfg.replace(file=str(tmp_path / "w.safetensors"))) == tmp_path / "w.safetensors"  # one's own
+    with pytest.raises(DownloadError, match="DYHEAD_ZOO_BUNDLED=0 says to pass it over"):
+        fetch(PretrainedCfg(file="w.safetensors"))
+
+
+def test_an_unreachable_hub_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(DownloadError, match=r"config\.json of org/name at v1 could not be fetched.*Connect"):
+        fetch(CFG, tmp_path)

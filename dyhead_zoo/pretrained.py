@@ -29,7 +29,7 @@ class PretrainedCfg:
         url: original URL; ``mirrors`` are tried in turn when it fails.
         hf_hub_id: Hub repository, with ``hf_hub_revision``; comes before the URL once ``sha256`` is known.
         sha256: of the file. ``hash_prefix``: its first digits where the publisher puts them into the file name.
-        source: key layout of the file: ``native``, ``mmdet`` or ``detectron2``.
+        source: key layout of the file, see ``load_checkpoint``.
         class_names, category_ids: the label space, by rows of the classifier.
         mean, std: per channel, in units of 0..255, in ``channel_order``.
         short_side, long_side: the image is scaled so that its shorter side is ``short_side`` unless the longer would

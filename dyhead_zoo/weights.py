@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from dyhead_zoo.convert import CheckpointError, Conversion, detectron2, listing, mmdet, unwrap
+from dyhead_zoo.convert import (
+    CheckpointError,
+    Conversion,
+    detectron2,
+    listing,
+    maskrcnn_benchmark,
+    mmdet,
+    torchvision,
+    unwrap,
+)
 from dyhead_zoo.data.label_space import COCO_80, LabelSpace
 from dyhead_zoo.download import fetch, sha256_of
 from dyhead_zoo.weight_files import read_state_dict, write_safetensors
@@ -44,16 +53,18 @@ _CONVERTERS: dict[str, Callable[[Mapping[str, Tensor]], Conversion]] = {
     "native": _keep,
     "mmdet": mmdet.convert,
     "detectron2": detectron2.convert,
+    "torchvision": torchvision.convert,
+    "maskrcnn_benchmark": maskrcnn_benchmark.convert,
 }
 
 
 def detect_source(keys: Iterable[str]) -> str:
-    """The layout of a state dict, told by its keys: ``native``, ``mmdet`` or ``detectron2``.
+    """The layout of a state dict, told by its keys: see ``load_checkpoint``.
 
     Raises:
         CheckpointError: if it is none of them.
     """
-    keys = list(keys)
+    keys = [key.removeprefix("module.") for key in keys]
 
     def has(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in keys)
@@ -62,11 +73,16 @@ def detect_source(keys: Iterable[str]) -> str:
         return "detectron2"
     if has("bbox_head.", "neck.0.", "neck.lateral_convs."):
         return "mmdet"
-    if has("backbone.body.") and not has("backbone.fpn."):  # torchvision's detectors have both
+    if has("backbone.fpn.inner_blocks."):
+        return "torchvision"
+    if has("backbone.fpn.fpn_inner"):
+        return "maskrcnn_benchmark"
+    if has("backbone.body.") and not has("backbone.fpn."):
         return "native"
     raise CheckpointError(
         f"layout not recognised from its {len(keys)} keys:\n{listing(keys, 5)}\n"
-        "Detectors have keys such as backbone.body.* (ours), bbox_head.* (mmdet) or backbone.backbone.* (detectron2); "
+        "Detectors have keys such as neck.fpn.* (ours), bbox_head.* (mmdet), backbone.bottom_up.* (detectron2) or "
+        "backbone.fpn.* (torchvision, maskrcnn-benchmark); "
         "weights of a backbone alone are no detector"
     )
 
@@ -221,7 +237,8 @@ def load_checkpoint(
     Args:
         model: a detector, built for the architecture of the checkpoint.
         checkpoint: a file (see ``read_state_dict``) or a state dict.
-        source: ``native``, ``mmdet``, ``detectron2``, or ``auto``: told from the keys.
+        source: ``native``, ``mmdet``, ``detectron2``, ``torchvision``, ``maskrcnn_benchmark``, or ``auto``: told from
+            the keys.
         label_space: of the checkpoint. A record in one of our files comes first; without either, the names in mmdet's
             ``meta``, else the detector's own label space if the number of classes agrees.
         strict: whether missing and unused keys are errors. A wrong shape always is.

@@ -301,8 +301,8 @@ def test_errors_name_the_file_and_unknown_sources(detector: Detector, tmp_path: 
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
     with pytest.raises(CheckpointError, match=r"resnet\.pth: layout not recognised"):
         load_checkpoint(detector, tmp_path / "resnet.pth")
-    with pytest.raises(ValueError, match=r"source='torchvision': expected auto, native"):
-        load_checkpoint(detector, changed(detector), "torchvision")
+    with pytest.raises(ValueError, match=r"source='caffe': expected auto, native"):
+        load_checkpoint(detector, changed(detector), "caffe")
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------

@@ -74,6 +74,12 @@ class Drop:
         self.reason = reason
 
 
+def tower_rows(source: str, target: str, depth: int = 8) -> tuple[Rename, ...]:
+    """Rows for a ``Sequential`` of convolution, norm and activation in turn, to our towers of such blocks."""
+    parts = [(3 * i + offset, i, part) for i in range(depth) for offset, part in enumerate(("conv", "norm"))]
+    return tuple(Rename(f"{source}{place}.{{wb}}", f"{target}{i}.{part}.{{wb}}") for place, i, part in parts)
+
+
 def _compile(template: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>{_FIELDS[m[1]]})", re.escape(template)))
 

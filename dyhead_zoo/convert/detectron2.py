@@ -1,10 +1,11 @@
-"""The checkpoints of DyHead's authors (microsoft/DynamicHead), trained in detectron2.
+"""Checkpoints trained in detectron2: those of DyHead's authors (microsoft/DynamicHead), and AdelaiDet's FCOS.
 
 Differences that are more than names: the frozen BatchNorm layers do not count batches; one learned scale per level
 there, one parameter with all of them here; Swin merges patches at the end of a stage, timm at the start of the next.
 Channel orders are the same, and the deformable convolutions have a bias in both.
 
-Source of the names: the modules of that repository at 9c7cd66 and of detectron2's ResNet and FPN.
+Source of the names: the modules of that repository at 9c7cd66, which wrap detectron2's backbone into another, and of
+detectron2's ResNet and FPN.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dyhead_zoo.convert import (
     apply_table,
     renumber,
     stack_scales,
+    tower_rows,
     unwrap,
 )
 
@@ -34,15 +36,18 @@ _NOT_WEIGHTS = (
     Drop(_BODY + "{any}.relative_position_index", "follows from the window size"),
 )
 
-# detectron2 numbers the stages by the stride they reach (res2 .. res5), torchvision and timm from 1
-_RESNET = (
-    Rename(_BODY + "stem.conv1.weight", "backbone.body.conv1.weight"),
-    Rename(_BODY + "stem.conv1.norm.{bn}", "backbone.body.bn1.{bn}"),
-    Rename(_BODY + "res{i}.{j}.conv{k}.weight", "backbone.body.layer{previous}.{j}.conv{k}.weight"),
-    Rename(_BODY + "res{i}.{j}.conv{k}.norm.{bn}", "backbone.body.layer{previous}.{j}.bn{k}.{bn}"),
-    Rename(_BODY + "res{i}.{j}.shortcut.weight", "backbone.body.layer{previous}.{j}.downsample.0.weight"),
-    Rename(_BODY + "res{i}.{j}.shortcut.norm.{bn}", "backbone.body.layer{previous}.{j}.downsample.1.{bn}"),
-)
+
+def _resnet(body: str) -> tuple[Rename, ...]:
+    """detectron2 numbers the stages by the stride they reach (res2 .. res5), torchvision and timm from 1."""
+    return (
+        Rename(body + "stem.conv1.weight", "backbone.body.conv1.weight"),
+        Rename(body + "stem.conv1.norm.{bn}", "backbone.body.bn1.{bn}"),
+        Rename(body + "res{i}.{j}.conv{k}.weight", "backbone.body.layer{previous}.{j}.conv{k}.weight"),
+        Rename(body + "res{i}.{j}.conv{k}.norm.{bn}", "backbone.body.layer{previous}.{j}.bn{k}.{bn}"),
+        Rename(body + "res{i}.{j}.shortcut.weight", "backbone.body.layer{previous}.{j}.downsample.0.weight"),
+        Rename(body + "res{i}.{j}.shortcut.norm.{bn}", "backbone.body.layer{previous}.{j}.downsample.1.{bn}"),
+    )
+
 
 _SWIN_BLOCK = "layers.{i}.blocks.{j}."
 _BIAS_TABLE = "attn.relative_position_bias_table"
@@ -59,11 +64,14 @@ _SWIN = (
     Rename(_BODY + "norm{i}.{wb}", "backbone.norms.{i}.{wb}"),
 )
 
-_FPN = (
-    Rename("backbone.backbone.fpn_lateral{i}.{wb}", "neck.fpn.lateral.{i}.{wb}"),
-    Rename("backbone.backbone.fpn_output{i}.{wb}", "neck.fpn.output.{i}.{wb}"),
-    Rename("backbone.backbone.top_block.p{i}.{wb}", "neck.fpn.extra.{i}.{wb}"),
-)
+
+def _fpn(backbone: str) -> tuple[Rename, ...]:
+    return (
+        Rename(backbone + "fpn_lateral{i}.{wb}", "neck.fpn.lateral.{i}.{wb}"),
+        Rename(backbone + "fpn_output{i}.{wb}", "neck.fpn.output.{i}.{wb}"),
+        Rename(backbone + "top_block.p{i}.{wb}", "neck.fpn.extra.{i}.{wb}"),
+    )
+
 
 _BLOCK = "backbone.dyhead_tower.{i}."
 _OUR_BLOCK = "neck.dyhead.blocks.{i}."
@@ -86,7 +94,26 @@ _ATSS = (
     Rename("head.scales.{i}.scale", "head.scales.{i}"),
 )
 
-_TABLE: tuple[Rename | Drop, ...] = (*_NOT_WEIGHTS, *_RESNET, *_SWIN, *_FPN, *_DYHEAD, *_ATSS)
+_FCOS = (
+    *tower_rows("proposal_generator.fcos_head.cls_tower.", "head.cls_tower."),
+    *tower_rows("proposal_generator.fcos_head.bbox_tower.", "head.box_tower."),
+    Rename("proposal_generator.fcos_head.cls_logits.{wb}", "head.cls_logits.{wb}"),
+    Rename("proposal_generator.fcos_head.bbox_pred.{wb}", "head.box_distances.{wb}"),
+    Rename("proposal_generator.fcos_head.ctrness.{wb}", "head.centerness.{wb}"),
+    Rename("proposal_generator.fcos_head.scales.{i}.scale", "head.scales.{i}"),
+)
+
+_TABLE: tuple[Rename | Drop, ...] = (
+    *_NOT_WEIGHTS,
+    *_resnet(_BODY),
+    *_resnet("backbone.bottom_up."),
+    *_SWIN,
+    *_fpn("backbone.backbone."),
+    *_fpn("backbone."),
+    *_DYHEAD,
+    *_ATSS,
+    *_FCOS,
+)
 
 
 def convert(state_dict: Mapping[str, Any]) -> Conversion:

@@ -23,5 +23,5 @@ def centerness(points: Tensor, boxes: Tensor) -> Tensor:
 
 
 def boxes_from_distances(points: Tensor, distances: Tensor) -> Tensor:
-    """Boxes (..., 4) xyxy whose left, top, right and bottom are ``distances`` (..., 4) away from ``points`` (..., 2)."""
+    """Boxes (..., 4) xyxy whose left, top, right and bottom are ``distances`` (..., 4) from ``points`` (..., 2)."""
     return torch.cat((points - distances[..., :2], points + distances[..., 2:]), dim=-1)

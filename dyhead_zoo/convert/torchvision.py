@@ -1,0 +1,88 @@
+"""torchvision's detectors, both published weights and one's own.
+
+Differences that are more than names: the classifier has a row for the background, which comes first, and published
+weights have one for each of COCO's 90 ids, of which ten are not in use; FCOS has no learned scale per level.
+
+Source of the names: torchvision.models.detection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyhead_zoo.convert import Conversion, Rename, add_batch_counters, apply_table, renumber, tower_rows, unwrap
+from dyhead_zoo.data.label_space import COCO_80
+
+_RESNET = (
+    Rename("backbone.body.conv1.weight", "backbone.body.conv1.weight"),
+    Rename("backbone.body.bn1.{bn}", "backbone.body.bn1.{bn}"),
+    Rename("backbone.body.layer{i}.{j}.conv{k}.weight", "backbone.body.layer{i}.{j}.conv{k}.weight"),
+    Rename("backbone.body.layer{i}.{j}.bn{k}.{bn}", "backbone.body.layer{i}.{j}.bn{k}.{bn}"),
+    Rename("backbone.body.layer{i}.{j}.downsample.0.weight", "backbone.body.layer{i}.{j}.downsample.0.weight"),
+    Rename("backbone.body.layer{i}.{j}.downsample.1.{bn}", "backbone.body.layer{i}.{j}.downsample.1.{bn}"),
+)
+
+_FPN = (
+    Rename("backbone.fpn.inner_blocks.{i}.0.{wb}", "neck.fpn.lateral.{i}.{wb}"),
+    Rename("backbone.fpn.layer_blocks.{i}.0.{wb}", "neck.fpn.output.{i}.{wb}"),
+    Rename("backbone.fpn.extra_blocks.p{i}.{wb}", "neck.fpn.extra.{i}.{wb}"),
+)
+
+_FCOS = (
+    *tower_rows("head.classification_head.conv.", "head.cls_tower."),
+    *tower_rows("head.regression_head.conv.", "head.box_tower."),
+    Rename("head.classification_head.cls_logits.{wb}", "head.cls_logits.{wb}"),
+    Rename("head.regression_head.bbox_reg.{wb}", "head.box_distances.{wb}"),
+    Rename("head.regression_head.bbox_ctrness.{wb}", "head.centerness.{wb}"),
+)
+
+_ROWS_OF_COCO = 1 + 90
+"""Of torchvision's published classifiers: background, then COCO's ids."""
+
+
+def _drop_unnamed_rows(conversion: Conversion) -> None:
+    """Keep the rows of the classes: those of COCO's 80 where there is one per id, else all but the background's."""
+    for name in ("weight", "bias"):
+        rows = conversion.tensors[f"head.cls_logits.{name}"]
+        named = COCO_80.category_ids if len(rows) == _ROWS_OF_COCO else range(1, len(rows))
+        conversion.tensors[f"head.cls_logits.{name}"] = rows[torch.tensor(named, device=rows.device)]
+        key = f"head.classification_head.cls_logits.{name}"
+        conversion.dropped[key] = f"{len(rows) - len(named)} of {len(rows)} rows: background and ids of no class"
+
+
+def _add_scales(conversion: Conversion) -> None:
+    """Give FCOS the scales of its levels, all 1."""
+    levels = sum(
+        key.startswith(("neck.fpn.output.", "neck.fpn.extra.")) and key.endswith(".weight")
+        for key in conversion.tensors
+    )
+    conversion.tensors["head.scales"] = torch.ones(levels)
+    conversion.created["head.scales"] = "1: the source does not scale its levels"
+
+
+def convert(state_dict: Mapping[str, Any], keep_rows: bool = False) -> Conversion:
+    """Convert, and keep the record of what was dropped and created.
+
+    Args:
+        state_dict: torchvision's keys to tensors; not changed.
+        keep_rows: keep all rows of the classifier, background and unused ids too: to compare with the source.
+
+    Raises:
+        CheckpointError: for keys of no known module.
+    """
+    conversion = apply_table(unwrap(state_dict)[0], (*_RESNET, *_FPN, *_FCOS), "torchvision")
+    conversion.tensors = renumber(conversion.tensors, "neck.fpn.extra.")
+    add_batch_counters(conversion)
+    _add_scales(conversion)
+    if not keep_rows:
+        _drop_unnamed_rows(conversion)
+    return conversion
+
+
+def convert_torchvision(state_dict: Mapping[str, Any], keep_rows: bool = False) -> dict[str, Tensor]:
+    """Our state dict from torchvision's; see ``convert``."""
+    return convert(state_dict, keep_rows).tensors

@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.ops import deform_conv2d
 
 from dyhead_zoo.ops import deform_conv_triton as op
+from dyhead_zoo.ops import modulated_deform_conv2d
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -259,7 +260,7 @@ def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "not installed" in str(op.obstacle(x, offset, weight))
 
 
-def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_of_the_backend() -> None:
     x, offset, _, weight, _ = (t.float() for t in SMALL.tensors())
     assert op.chosen("triton", x, offset, weight)
     assert op.chosen("auto", x, offset, weight) == (DEVICE == "cuda")
@@ -267,6 +268,14 @@ def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not op.chosen("triton", x[:0], offset[:0], weight)
     with pytest.raises(ValueError, match=r"float64.*Choose"):
         op.chosen("triton", x.double(), offset, weight)
+
+
+def test_the_public_function_reaches_it() -> None:
+    x, offset, mask, weight, bias = (t.float() for t in SMALL.tensors())
+    out = modulated_deform_conv2d(x, offset, mask, weight, bias, backend="triton")
+    assert torch.equal(out, ours(x, offset, mask, weight, bias, SMALL))
+    empty = modulated_deform_conv2d(x[:0], offset[:0], mask[:0], weight, bias, backend="triton")
+    assert empty.shape == (0, *out.shape[1:])
 
 
 def test_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from dyhead_zoo.ops import deform_conv_cpu
+from dyhead_zoo.ops import deform_conv_cpu, deform_conv_triton
 from dyhead_zoo.ops.deform_conv_cpu import INT32_LIMIT, Geometry, Pair, position_dtype
 
-Backend = Literal["auto", "bag", "torchvision"]
+Backend = Literal["auto", "bag", "triton", "torchvision"]
 
 
 def modulated_deform_conv2d(
@@ -62,10 +62,11 @@ def modulated_deform_conv2d(
         padding: zeros around the input, likewise.
         dilation: distance of the taps, likewise.
         backend: ``auto`` is ``bag`` on the CPU where it applies (one group, one offset group, less than 2^31 samples,
-            and neither compiling, exporting nor tracing), else ``torchvision``.
+            and neither compiling, exporting nor tracing), ``triton`` on CUDA devices where it applies (see
+            ``deform_conv_triton.chosen``), else ``torchvision``.
 
     Returns:
-        (B, O, Ho, Wo) of the dtype of ``x`` (of autocast, where that is on); channels_last from ``bag``.
+        (B, O, Ho, Wo) of the dtype of ``x`` (of autocast, where that is on); channels_last from ``bag`` and ``triton``.
 
     Raises:
         ValueError: shapes, dtypes or the backend do not fit.
@@ -83,6 +84,8 @@ def modulated_deform_conv2d(
         _check(x, offset, mask, weight, bias, geometry)
     if _use_bag(backend, x, offset, weight, geometry, tracing):
         return deform_conv_cpu.deform_conv2d(x, offset, mask, weight, bias, geometry)
+    if deform_conv_triton.chosen(backend, x, offset, weight):
+        return deform_conv_triton.triton_deform_conv2d(x, offset, mask, weight, bias, *geometry[1:])
     return _reference_conv(x, offset, mask, weight, bias, geometry)
 
 
@@ -130,9 +133,9 @@ def _use_bag(backend: str, x: Tensor, offset: Tensor, weight: Tensor, geometry: 
     Raises:
         ValueError: ``backend`` is unknown, or is ``bag`` and cannot do this.
     """
-    if backend not in ("auto", "bag", "torchvision"):
-        raise ValueError(f"unknown backend {backend!r}: choose 'auto', 'bag' or 'torchvision'")
-    if backend == "torchvision" or (backend == "auto" and (tracing or x.device.type != "cpu")):
+    if backend not in ("auto", "bag", "triton", "torchvision"):
+        raise ValueError(f"unknown backend {backend!r}: choose 'auto', 'bag', 'triton' or 'torchvision'")
+    if backend in ("triton", "torchvision") or (backend == "auto" and (tracing or x.device.type != "cpu")):
         return False
     samples = offset.shape[0] * offset.shape[2] * offset.shape[3] * geometry.taps * 4
     rows = x.shape[0] * x.shape[2] * x.shape[3]

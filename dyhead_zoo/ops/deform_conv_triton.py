@@ -67,9 +67,11 @@ def chosen(backend: str, x: Tensor, offset: Tensor, weight: Tensor) -> bool:
     Raises:
         ValueError: ``backend`` is ``triton`` and there is an obstacle.
     """
-    if backend not in ("auto", "triton") or 0 in (x.numel(), offset.numel(), weight.numel()):
+    if backend not in ("auto", "triton"):
         return False
     if backend == "auto" and (x.device.type != "cuda" or torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        return False
+    if 0 in (x.numel(), offset.numel(), weight.numel()):
         return False
     reason = obstacle(x, offset, weight)
     if backend == "auto":

@@ -55,7 +55,7 @@ def measured() -> str:
     """What we measured, one row per record."""
     rows = []
     for name, record in records().items():
-        person = next((c for c in record["per_class"] if c["name"] == "person"), {})
+        person: dict[str, Any] = next((c for c in record["per_class"] if c["name"] == "person"), {})
         numbers = [percent(record["metrics"][metric]) for metric in METRIC_NAMES]
         low_high = (record.get("intervals") or {}).get("AP", ())
         interval = " to ".join(percent(value) for value in low_high)

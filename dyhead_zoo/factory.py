@@ -27,6 +27,7 @@ _logger = logging.getLogger(__name__)
 _RESERVED = {"pretrained", "pad_divisor"}
 """Keyword arguments of the parts that do not go by the same name, or not from the user."""
 _FREEZING = {"frozen_stages", "norm_eval", "freeze_norm"}
+_OF_WEIGHTS = {*_FREEZING, "norm_eps"}
 """Arguments of a tag that apply only where weights are loaded."""
 
 _FREE = {
@@ -172,7 +173,7 @@ def build_detector(
         _check_pretrained(name, cfg, user, {**_settings(Backbone, Neck, head_cls), **defaults})
     arch = dict(cfg.arch) if cfg else {}
     if not pretrained and checkpoint is None and pretrained_backbone is False:
-        arch = {key: value for key, value in arch.items() if key not in _FREEZING}  # random weights must learn
+        arch = {key: value for key, value in arch.items() if key not in _OF_WEIGHTS}  # random weights must learn
     options = {**defaults, **arch, **user}
     backbone_name = options["backbone"]
     if cfg is None or user.get("backbone", defaults["backbone"]) != defaults["backbone"]:

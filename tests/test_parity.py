@@ -21,6 +21,15 @@ CASES = {
     ),
     "fcos_r50_caffe": ("fcos_resnet50.mmdet_1x_coco", {}),
     "fcos_r50_caffe_center_giou": ("fcos_resnet50.mmdet_improved_1x_coco", {}),
+    "retinanet_r50": ("retinanet_resnet50.mmdet_1x_coco", {}),
+    "retinanet_r50_dyhead": (
+        "retinanet_resnet50_dyhead6",
+        {
+            "pretrained_cfg": get_pretrained_cfg("retinanet_resnet50.mmdet_1x_coco"),
+            "towers": 4,
+            "coarse_offsets": "reinterpret",
+        },
+    ),
 }
 STAGES = {"cls_logits": "cls", "box_deltas": "reg", "box_distances": "reg", "centerness": "ctr"}
 """Field of the raw output to the stored stage."""

@@ -118,6 +118,11 @@ _ATSS = (
     Rename("bbox_head.atss_centerness.{wb}", "head.centerness.{wb}"),
 )
 
+_RETINANET = (
+    Rename("bbox_head.retina_cls.{wb}", "head.cls_logits.{wb}"),
+    Rename("bbox_head.retina_reg.{wb}", "head.box_deltas.{wb}"),
+)
+
 _FCOS = (
     Rename("bbox_head.conv_cls.{wb}", "head.cls_logits.{wb}"),
     Rename("bbox_head.conv_reg.{wb}", "head.box_distances.{wb}"),
@@ -133,6 +138,7 @@ _TABLE: tuple[Rename | Drop, ...] = (
     *_DYHEAD,
     *_TOWERS,
     *_ATSS,
+    *_RETINANET,
     *_FCOS,
 )
 

@@ -114,6 +114,7 @@ class Backbone(nn.Module):
         frozen_stages: stem and stages up to this one are not trained; 0 freezes the stem, -1 nothing.
         norm_eval: BatchNorm layers keep their running statistics in training.
         freeze_norm: BatchNorm's weight and bias are not trained either (implies ``norm_eval``).
+        norm_eps: of the BatchNorm layers; by default timm's. 0 in torchvision's oldest detectors.
         drop_path: stochastic depth rate.
         full_precision: stay in float32 under autocast; on CPUs the backward pass of depthwise convolutions is slower in
             bfloat16 than in float32.
@@ -139,6 +140,7 @@ class Backbone(nn.Module):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         freeze_norm: bool = False,
+        norm_eps: float | None = None,
         drop_path: float = 0.0,
         full_precision: bool = False,
     ) -> None:
@@ -186,6 +188,9 @@ class Backbone(nn.Module):
             _stride_in_first_conv(body, self.name)
         if not isinstance(pretrained, bool):
             _load_body(body, pretrained, in_chans, self.name)
+        if norm_eps is not None:
+            for norm in (m for m in body.modules() if isinstance(m, _BATCH_NORMS)):
+                norm.eps = norm_eps
         self.norm_eval = norm_eval or freeze_norm
         self._frozen_norms: list[nn.Module] = []
         _freeze_unread_branches(body, self._taps)

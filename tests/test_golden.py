@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dyhead_zoo import create_detector
+from dyhead_zoo import cli, create_detector, push_to_hub, save_for_hub
 from dyhead_zoo.detector import Detector
-from dyhead_zoo.golden import STAGES, make_golden, read_golden, verify, write_golden
+from dyhead_zoo.golden import STAGES, golden_path, make_golden, read_golden, verify, write_golden
+from dyhead_zoo.testing import LoopbackHub
 from dyhead_zoo.weights import CheckpointError, write_safetensors
 
 BUNDLED = "atss_lite0_dyhead2.coco2148"
@@ -47,7 +48,7 @@ def test_any_detector_agrees_with_itself(name, options, tmp_path):
     path = write_golden(detector, tmp_path)
     assert path.name == "golden.safetensors" and path.stat().st_size < 200_000
     golden, made_with = read_golden(path)
-    assert made_with["torch"] == torch.__version__ and made_with["dtype"] == "torch.float32"
+    assert made_with["torch"] == torch.__version__ and made_with["dtype"] == "float32"
     result = verify(detector.train(), golden)  # the mode does not matter
     assert result.passed and {d.stage for d in result.deviations} == set(STAGES)
     assert max(d.relative for d in result.deviations) == 0
@@ -107,6 +108,13 @@ def test_noise_of_rounding_is_tolerated(detector, golden):
     assert result.report().endswith("agrees with the golden tensors")
 
 
+def test_half_precision_is_run_in_float32():
+    """As those run it who load a file of half precision."""
+    detector = create_detector("test_atss").half()
+    assert verify(detector.float(), make_golden(copy.deepcopy(detector).half())).passed
+    assert verify(copy.deepcopy(detector).half(), make_golden(detector)).passed
+
+
 def test_output_that_is_nan_departs(detector, golden):
     result = verify(changed(detector, lambda d: d.get_parameter("head.scales").fill_(torch.nan)), golden)
     assert result.departs.name.startswith("raw.box_deltas")
@@ -154,3 +162,44 @@ def test_damaged_and_foreign_files_are_refused(detector, golden, tmp_path):
         read_golden(path)
     with pytest.raises(FileNotFoundError):
         read_golden(tmp_path / "none.safetensors")
+
+
+# -- dyhead-zoo verify -------------------------------------------------------------------------------------------------
+
+
+def test_bundled_weights_agree_with_the_golden_tensors_that_ship(capsys):
+    path = golden_path("atss_lite0_dyhead2")
+    assert path.name == f"{BUNDLED}.golden.safetensors" and path.stat().st_size < 200_000
+    assert cli.main(["verify", "atss_lite0_dyhead2"]) == 0
+    out = capsys.readouterr().out
+    assert "name atss_lite0_dyhead2" in out and out.endswith("agrees with the golden tensors\n")
+
+
+def test_saved_folder_departs_once_its_weights_change(tmp_path, capsys):
+    detector = create_detector("test_atss")
+    save_for_hub(detector, tmp_path / "saved")
+    assert cli.main(["verify", f"local-dir:{tmp_path / 'saved'}"]) == 0
+    golden = (tmp_path / "saved" / "golden.safetensors").read_bytes()
+    save_for_hub(changed(detector, scale("neck.fpn.lateral.0.weight", -1)), tmp_path / "saved")
+    (tmp_path / "saved" / "golden.safetensors").write_bytes(golden)
+    assert cli.main(["verify", f"local-dir:{tmp_path / 'saved'}"]) == 1
+    assert "departs at pyramid.0: deviates by" in capsys.readouterr().out
+
+
+def test_repository_is_verified_at_its_revision(tmp_path, monkeypatch, capsys):
+    folder = save_for_hub(create_detector("test_atss"), tmp_path / "saved")
+    with LoopbackHub({"hf_token": "someone"}) as hub:
+        for key, value in hub.environment(tmp_path / "cache", token="hf_token").items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        push_to_hub(folder, "someone/detector", tag="v1")
+        assert cli.main(["verify", "hf-hub:someone/detector@v1"]) == 0
+        assert cli.main(["verify", "hf-hub:someone/detector@v2"]) == 2
+    assert "no branch, tag or commit 'v2'" in capsys.readouterr().err
+
+
+def test_names_without_golden_tensors_are_told(tmp_path, capsys):
+    assert cli.main(["verify", "atss_resnet50"]) == 2
+    assert "atss_resnet50 has no golden tensors" in capsys.readouterr().err
+    assert cli.main(["verify", f"local-dir:{tmp_path}"]) == 2
+    assert "golden.safetensors" in capsys.readouterr().err

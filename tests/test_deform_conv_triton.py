@@ -218,6 +218,16 @@ def test_operators_obey_the_rules_of_torch_library() -> None:
     torch.library.opcheck(torch.ops.dyhead_zoo.deform_conv2d_backward_weight.default, backward, test_utils=tests)
 
 
+def test_compiled_code_makes_the_trial_while_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(op, "_trial", lambda device, dtype: calls.append((device.type, dtype)) or True)
+    compiled = torch.compile(
+        lambda x: x + 1 if op._passes_trial(x.device, x.dtype) else x, fullgraph=True, backend="eager"
+    )
+    assert [compiled(torch.zeros(1, device=DEVICE)).item() for _ in range(2)] == [1, 1]
+    assert calls == [(DEVICE, torch.float32)]
+
+
 def test_compiles_without_graph_breaks() -> None:
     tensors = [t.float() for t in SMALL.tensors()]
     compiled = torch.compile(Conv(), fullgraph=True, backend="aot_eager")
@@ -279,19 +289,19 @@ def test_the_public_function_reaches_it() -> None:
 
 
 def test_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    op._passes_trial.cache_clear()
+    op._trial.cache_clear()
     with torch.inference_mode():
-        assert op._passes_trial(torch.device(DEVICE), torch.float32)
-    op._passes_trial.cache_clear()
+        assert op._trial(torch.device(DEVICE), torch.float32)
+    op._trial.cache_clear()
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="errs"):
         backward = op._backward_weight
         patch.setattr(op, "_backward_weight", lambda *args: backward(*args) * math.nan)
-        assert not op._passes_trial(torch.device(DEVICE), torch.float32)
-    op._passes_trial.cache_clear()
+        assert not op._trial(torch.device(DEVICE), torch.float32)
+    op._trial.cache_clear()
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="no compiler"):
         patch.setattr(op, "forward_tiles", lambda *_: (_ for _ in ()).throw(RuntimeError("no compiler")))
-        assert not op._passes_trial(torch.device(DEVICE), torch.float32)
-    op._passes_trial.cache_clear()
+        assert not op._trial(torch.device(DEVICE), torch.float32)
+    op._trial.cache_clear()
 
 
 def test_deterministic_algorithms() -> None:

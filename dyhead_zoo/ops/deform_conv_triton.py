@@ -129,8 +129,12 @@ def interpreting() -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _passes_trial(device: torch.device, dtype: torch.dtype) -> bool:
+    return _trial(device, dtype)  # Dynamo looks through caches, so the mark must not be on one
+
+
+@functools.cache
+def _trial(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a small convolution and its gradients come out on this device as torchvision computes them on the CPU.
 
     Triton compiles on the user's machine, which may lack a C compiler or have a GPU that nobody tried; then the

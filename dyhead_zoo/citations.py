@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 
 class Paper(NamedTuple):
-    """One entry; ``venue`` is a conference."""
+    """One entry; ``venue`` is a conference, or a journal if ``article``."""
 
     key: str
     title: str
     authors: str
     venue: str
     year: int
+    article: bool = False
 
 
 PAPERS = {
@@ -45,6 +46,14 @@ PAPERS = {
         "Tian, Zhi and Shen, Chunhua and Chen, Hao and He, Tong",
         "ICCV",
         2019,
+    ),
+    "2006.09214": Paper(
+        "tian2020fcos",
+        "FCOS: A Simple and Strong Anchor-free Object Detector",
+        "Tian, Zhi and Shen, Chunhua and Chen, Hao and He, Tong",
+        "IEEE Transactions on Pattern Analysis and Machine Intelligence",
+        2020,
+        article=True,
     ),
     "1904.11490": Paper(
         "yang2019reppoints",
@@ -177,13 +186,13 @@ def bibtex(arxiv_id: str) -> str:
     fields = {
         "title": f"{{{paper.title}}}",  # doubly braced: BibTeX keeps the capitals
         "author": paper.authors,
-        "booktitle": paper.venue,
+        "journal" if paper.article else "booktitle": paper.venue,
         "year": str(paper.year),
         "eprint": number,
         "archivePrefix": "arXiv",
     }
     lines = [f"  {name:<13} = {{{value}}}" for name, value in fields.items()]
-    return f"@inproceedings{{{paper.key},\n" + ",\n".join(lines) + "\n}"
+    return f"@{'article' if paper.article else 'inproceedings'}{{{paper.key},\n" + ",\n".join(lines) + "\n}"
 
 
 def citations(paper_ids: Sequence[str], backbone: str) -> list[str]:

@@ -424,7 +424,7 @@ def run_push(args: argparse.Namespace) -> int:
             folder = path
         else:
             detector = create_detector(f"local-dir:{path}" if path.exists() else args.detector, pretrained=True)
-            folder = save_for_hub(detector, Path(temporary) / "detector", card=card, record=record)
+            folder = save_for_hub(detector, Path(temporary) / "new", card=card, record=record, repo_id=args.repo_id)
         if args.dry_run:
             for name in saved_files(folder):
                 print(f"{(folder / name).stat().st_size:>12}  {name}")

@@ -72,6 +72,7 @@ def save_for_hub(
     max_shard_size: int = MAX_SHARD_SIZE,
     license: str | None = None,
     golden: bool = True,
+    repo_id: str | None = None,
 ) -> Path:
     """Write a detector to a folder as it would lie on the Hub; ``create_detector("local-dir:FOLDER")`` loads it.
 
@@ -82,16 +83,18 @@ def save_for_hub(
         model: a detector.
         folder: created if need be.
         card: text of ``README.md``; by default one is rendered from the record, unless there is a card already.
-        record: of an evaluation of these weights, see ``card.py``; becomes ``eval.json``.
+        record: of an evaluation of these weights, as ``dyhead-zoo eval --output`` writes it; becomes ``eval.json`` and
+            ``.eval_results/*.yaml``.
         max_shard_size: bytes; larger weights are written in shards.
         license: of the weights, an identifier of the Hub's such as ``apache-2.0``; by default that of the cfg.
         golden: also write golden tensors, which ``dyhead-zoo verify`` recomputes.
+        repo_id: where it will be, for the card.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: for a detector whose record no ``create_detector`` could read.
+        ValueError: for a detector that could not be loaded again, or a record that is none.
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -105,10 +108,10 @@ def save_for_hub(
             from dyhead_zoo.golden import write_golden
 
             write_golden(model, new)
+        if card is not None or not (folder / CARD_FILE).exists():
+            (new / CARD_FILE).write_text(_card(config, record, repo_id) if card is None else card, encoding="utf-8")
         if record is not None:
-            (new / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
-        if card is not None:
-            (new / CARD_FILE).write_text(card, encoding="utf-8")
+            _write_record(config, record, new)
         _move(new, folder)
     return folder
 
@@ -133,6 +136,24 @@ def _header(model: Detector, config: Mapping[str, Any]) -> dict[str, str]:
         "label_space": json.dumps(model.label_space.to_dict()),
         "license": config["pretrained_cfg"]["license"] or "unknown",
     }
+
+
+def _card(config: Mapping[str, Any], record: Mapping[str, Any] | None, repo_id: str | None) -> str:
+    from dyhead_zoo.card import render_card
+
+    try:
+        return render_card(config, record, repo_id=repo_id)
+    except KeyError as error:
+        raise ValueError(f"the record has no {error}: give one that `dyhead-zoo eval --output FILE` wrote") from error
+
+
+def _write_record(config: Mapping[str, Any], record: Mapping[str, Any], folder: Path) -> None:
+    from dyhead_zoo.card import eval_results_yaml
+
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    for name, text in eval_results_yaml(config, record).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
 
 
 def _move(new: Path, folder: Path) -> None:
@@ -185,7 +206,7 @@ def push_to_hub(
         private: whether a repository that is created is private; an existing one stays what it is.
         revision: branch, created if need be; main by default.
         token: with the right to write; by default the one of ``HF_TOKEN`` or of ``hf auth login``.
-        card: text of ``README.md``. Without it, a card that is there already stays.
+        card: text of ``README.md``. Without it, a card that is there already stays, else one is rendered.
         eval_results: record of an evaluation, see ``save_for_hub``; a folder has its own.
         commit_message: title of the commit.
         tag: a new tag for the commit.
@@ -210,7 +231,7 @@ def push_to_hub(
             saved_config(folder)
             weights_in(folder)
         else:
-            folder = save_for_hub(model, Path(temporary) / "detector", card=card, record=eval_results)
+            folder = save_for_hub(model, Path(temporary) / "new", card=card, record=eval_results, repo_id=repo_id)
         with _explained(repo_id, revision):
             return _push(folder, repo_id, private, revision, token, card, commit_message, tag)
 

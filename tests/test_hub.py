@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_card import RECORD
 
 from dyhead_zoo import cli, create_detector, pull, push_to_hub, save_for_hub
 from dyhead_zoo.detector import Detector
@@ -92,7 +93,7 @@ def set_config(folder: Path, **changes: Any) -> None:
 
 
 def test_a_saved_folder_holds_everything_and_no_pickle(detector: Detector, folder: Path) -> None:
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
     assert_same(create_detector(f"local-dir:{folder}"), detector)
     _, header = read_header(folder / "model.safetensors")
     assert header["format"] == "pt" and header["format_version"] == "1" and header["license"] == "apache-2.0"
@@ -110,7 +111,7 @@ def test_a_saved_record_names_no_place_of_other_weights(folder: Path, tmp_path: 
 
 def test_saving_again_replaces_what_spoke_of_the_old_weights(detector: Detector, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "mine"
-    save_for_hub(detector, target, card="# mine", record={"AP": 1}, max_shard_size=40_000)
+    save_for_hub(detector, target, card="# mine", record=RECORD, max_shard_size=40_000)
     shards = [name for name in saved_files(target) if name.startswith("model-")]
     assert len(shards) > 1 and {"model.safetensors.index.json", "golden.safetensors", "eval.json"} <= set(
         saved_files(target)
@@ -124,6 +125,8 @@ def test_saving_again_replaces_what_spoke_of_the_old_weights(detector: Detector,
     save_for_hub(detector, target, golden=False)
     assert sorted(os.listdir(target)) == ["README.md", "config.json", "model.safetensors", "notes.txt"]
     assert (target / "README.md").read_text() == "# mine"
+    with pytest.raises(ValueError, match="the record has no .* give one that"):
+        save_for_hub(detector, tmp_path / "other", record={"AP": 1}, golden=False)
     assert os.listdir(target.parent) == ["mine"]
 
 
@@ -186,7 +189,7 @@ print(json.dumps(out))
 
 
 def test_round_trip_by_two_fresh_processes_at_once(hub: LoopbackHub, detector: Detector, tmp_path: Path) -> None:
-    first = push_to_hub(detector, REPO, private=True, tag="v1", card="# mine")
+    first = push_to_hub(detector, REPO, private=True, tag="v1", eval_results=RECORD)
     other = create_detector("test_atss_dyhead1", class_names=LABELS, channels=48)
     torch.nn.init.constant_(other.head.cls_logits.bias, 1.0)  # type: ignore[union-attr, arg-type]
     second = push_to_hub(other, REPO)
@@ -210,7 +213,8 @@ def test_round_trip_by_two_fresh_processes_at_once(hub: LoopbackHub, detector: D
         assert out["nowhere"] == f"{REPO} has no branch, tag or commit 'nowhere'"
         assert "does not exist, or is private" in out["anonymous"] and "HF_TOKEN" in out["anonymous"]
         assert "not in the cache, and HF_HUB_OFFLINE=1 forbids the network" in out["offline nowhere"]
-    assert (tmp_path / "pulled" / "README.md").read_text() == "# mine"
+    assert f'create_detector("hf-hub:{REPO}")' in (tmp_path / "pulled" / "README.md").read_text()
+    assert "eval.json" in hub.files(REPO, "v1") and "eval.json" not in hub.files(REPO)  # not of the new weights
     assert (tmp_path / "pulled" / "golden.safetensors").is_file()
 
 
@@ -219,7 +223,7 @@ def commits(hub: LoopbackHub) -> int:
 
 
 def test_a_push_is_one_commit_that_replaces_the_old_weights(hub: LoopbackHub, detector: Detector, copy: Path) -> None:
-    sharded = save_for_hub(detector, copy.with_name("sharded"), record={"AP": 1}, max_shard_size=40_000)
+    sharded = save_for_hub(detector, copy.with_name("sharded"), record=RECORD, max_shard_size=40_000)
     push_to_hub(sharded, REPO, card="# first")
     hub.put(REPO, {"picture.jpg": b"theirs"})
     (copy / "README.md").write_text("# of the folder")
@@ -599,8 +603,8 @@ def test_pull_takes_only_files_of_a_detector(published: LoopbackHub, tmp_path: P
         REPO, {"evil.py": b"import os", "pytorch_model.bin": b"", ".eval_results/a.yaml": b"[]", "a/config.json": b""}
     )
     target = pull(REPO, tmp_path / "pulled", cache_dir=tmp_path / "cache")
-    assert saved_files(target) == [".eval_results/a.yaml", "config.json", "model.safetensors"]
-    assert sorted(os.listdir(target)) == [".eval_results", "config.json", "model.safetensors"]
+    assert saved_files(target) == [".eval_results/a.yaml", "README.md", "config.json", "model.safetensors"]
+    assert sorted(os.listdir(target)) == [".eval_results", "README.md", "config.json", "model.safetensors"]
 
 
 _JSON = st.recursive(

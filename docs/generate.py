@@ -57,7 +57,7 @@ def measured() -> str:
     for name, record in records().items():
         person: dict[str, Any] = next((c for c in record["per_class"] if c["name"] == "person"), {})
         numbers = [percent(record["metrics"][metric]) for metric in METRIC_NAMES]
-        low_high = (record.get("intervals") or {}).get("AP", ())
+        low_high = (record["intervals"] or {}).get("AP", ())
         interval = " to ".join(percent(value) for value in low_high)
         where = get_pretrained_cfg(name).measured_on or ""
         rows.append([card_link(name), numbers[0], interval, *numbers[1:], percent(person.get("AP")), where])

@@ -46,6 +46,10 @@ function prepare(block) {
     head.addEventListener("click", () => sortBy(table, head));
     head.addEventListener("keydown", (event) => event.key === "Enter" && sortBy(table, head));
   }
+  if (table.tBodies[0].rows.length > 5) addFilter(block, table);
+}
+
+function addFilter(block, table) {
   const filter = document.createElement("input");
   filter.type = "search";
   filter.className = "table-filter";

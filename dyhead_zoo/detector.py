@@ -144,9 +144,7 @@ class Detector(nn.Module):
         neck = cast(Neck, self.neck)
         if neck.dyhead is None:
             raise ValueError(f"{self.name} has no DyHead: its name would end in '_dyhead<N>'")
-        trace: list[BlockAttention] = []
-        neck.dyhead(neck.fpn(self.backbone(self.normalise(images, image_sizes))), trace)
-        return trace
+        return neck.attention(self.backbone(self.normalise(images, image_sizes)))
 
     def loss(self, raw: RawOutput, targets: list[Target]) -> dict[str, Tensor]:
         """Loss terms of a raw output; their sum is the loss. The same in train and eval mode.

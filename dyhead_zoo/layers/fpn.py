@@ -12,7 +12,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyhead_zoo.layers.dyhead import CoarseOffsets, DyHead
+from dyhead_zoo.layers.dyhead import BlockAttention, CoarseOffsets, DyHead
 from dyhead_zoo.layers.dyhead_paper import PaperDyHead
 from dyhead_zoo.layers.tower import ConvNorm
 
@@ -144,3 +144,10 @@ class Neck(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         pyramid = self.fpn(features)
         return pyramid if self.dyhead is None else self.dyhead(pyramid)
+
+    def attention(self, features: Sequence[Tensor]) -> list[BlockAttention]:
+        """What the three attentions of each DyHead block compute for these backbone levels; empty without DyHead."""
+        trace: list[BlockAttention] = []
+        if self.dyhead is not None:
+            self.dyhead(self.fpn(features), trace)
+        return trace

@@ -135,7 +135,7 @@ def exact_dot(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(
     case=st.builds(
         Case,
-        size=st.tuples(st.integers(2, 9), st.integers(2, 9)),
+        size=st.tuples(st.integers(3, 9), st.integers(3, 9)),
         kernel=st.sampled_from([(1, 1), (2, 1), (1, 2)]),
         stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
         padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),

@@ -273,14 +273,6 @@ def _mmdet_url(config: str, digest: str) -> dict[str, str]:
 
 
 cfgs = {
-    "fcos_resnet50.mmdet_improved_1x_coco": _MMDET.replace(
-        **_mmdet_url("fcos_center-normbbox-centeronreg-giou_r50_caffe_fpn_gn-head_1x_coco", "0a0d75a8"),
-        description="With centre sampling, centerness on the regression branch, GIoU and distances in strides.",
-        mean=_CAFFE_MEAN,
-        **_CAFFE_INPUT,
-        arch=_CAFFE_ARCH,
-        reported={"AP": 38.7},
-    ),
     "fcos_resnet50.torchvision_coco": PretrainedCfg(
         source="torchvision",
         license="bsd-3-clause",
@@ -303,6 +295,14 @@ cfgs = {
         },
         reported={"AP": 39.2},
         reported_by="torchvision's FCOS_ResNet50_FPN_Weights.COCO_V1, COCO val2017",
+    ),
+    "fcos_resnet50.mmdet_improved_1x_coco": _MMDET.replace(
+        **_mmdet_url("fcos_center-normbbox-centeronreg-giou_r50_caffe_fpn_gn-head_1x_coco", "0a0d75a8"),
+        description="With centre sampling, centerness on the regression branch, GIoU and distances in strides.",
+        mean=_CAFFE_MEAN,
+        **_CAFFE_INPUT,
+        arch=_CAFFE_ARCH,
+        reported={"AP": 38.7},
     ),
     "fcos_resnet50.mmdet_1x_coco": _MMDET_PLAIN.replace(
         **_mmdet_url("fcos_r50_caffe_fpn_gn-head_1x_coco", "821213aa"),

@@ -1,11 +1,12 @@
-"""Checkpoints trained in detectron2: those of DyHead's authors (microsoft/DynamicHead), and AdelaiDet's FCOS.
+"""Checkpoints trained in detectron2: its own, those of DyHead's authors (microsoft/DynamicHead), AdelaiDet's FCOS.
 
 Differences that are more than names: the frozen BatchNorm layers do not count batches; one learned scale per level
 there, one parameter with all of them here; Swin merges patches at the end of a stage, timm at the start of the next.
-Channel orders are the same, and the deformable convolutions have a bias in both.
+Anchors of a cell run over the ratios, then over the sizes there, and the other way round here. Other channel orders are
+the same, and the deformable convolutions have a bias in both.
 
-Source of the names: the modules of that repository at 9c7cd66, which wrap detectron2's backbone into another, and of
-detectron2's ResNet and FPN.
+Source of the names: the modules of DynamicHead at 9c7cd66, which wrap detectron2's backbone into another, and of
+detectron2's ResNet, FPN and RetinaNet.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dyhead_zoo.convert import (
+    CheckpointError,
     Conversion,
     Drop,
     Rename,
@@ -94,6 +97,30 @@ _ATSS = (
     Rename("head.scales.{i}.scale", "head.scales.{i}"),
 )
 
+
+def ratio_major(tensor: Tensor) -> Tensor:
+    """Bring the rows of three sizes times three ratios, (size, ratio, ...), into our order, (ratio, size, ...).
+
+    Args:
+        tensor: (9 * rows per anchor, ...).
+
+    Raises:
+        CheckpointError: for rows of another number of anchors.
+    """
+    if len(tensor) % 9:
+        raise CheckpointError(
+            f"a prediction layer has {len(tensor)} rows: RetinaNet is read with 9 anchors per cell only"
+        )
+    return tensor.unflatten(0, (3, 3, -1)).transpose(0, 1).flatten(0, 2)
+
+
+_RETINANET = (
+    Rename("head.cls_subnet.{i}.{wb}", "head.cls_tower.{i}.conv.{wb}"),
+    Rename("head.bbox_subnet.{i}.{wb}", "head.box_tower.{i}.conv.{wb}"),
+    Rename("head.cls_score.{wb}", "head.cls_logits.{wb}", ratio_major),
+    Rename("head.bbox_pred.{wb}", "head.box_deltas.{wb}", ratio_major),
+)
+
 _FCOS = (
     *tower_rows("proposal_generator.fcos_head.cls_tower.", "head.cls_tower."),
     *tower_rows("proposal_generator.fcos_head.bbox_tower.", "head.box_tower."),
@@ -103,7 +130,7 @@ _FCOS = (
     Rename("proposal_generator.fcos_head.scales.{i}.scale", "head.scales.{i}"),
 )
 
-_TABLE: tuple[Rename | Drop, ...] = (
+_SHARED: tuple[Rename | Drop, ...] = (
     *_NOT_WEIGHTS,
     *_resnet(_BODY),
     *_resnet("backbone.bottom_up."),
@@ -111,28 +138,43 @@ _TABLE: tuple[Rename | Drop, ...] = (
     *_fpn("backbone.backbone."),
     *_fpn("backbone."),
     *_DYHEAD,
-    *_ATSS,
-    *_FCOS,
 )
+
+
+_NUMBERED = (
+    *("backbone.norms.", "neck.fpn.lateral.", "neck.fpn.output.", "neck.fpn.extra."),
+    *("head.cls_tower.", "head.box_tower."),
+)
+"""Prefixes whose numbers there do not count from 0 in steps of 1."""
+
+
+def _add_running_positives(conversion: Conversion) -> None:
+    """Give RetinaNet the running mean by which its losses are divided; the source does not save it."""
+    conversion.tensors["head.running_positives"] = torch.tensor(100.0)
+    conversion.created["head.running_positives"] = "100: the source starts there again too"
 
 
 def convert(state_dict: Mapping[str, Any]) -> Conversion:
     """Convert, and keep the record of what was dropped and created.
 
     Args:
-        state_dict: the official keys to tensors, with or without ``{'model': ...}`` around them; not changed.
+        state_dict: detectron2's keys to tensors, with or without ``{'model': ...}`` around them; not changed.
 
     Raises:
         CheckpointError: for keys of no known module.
     """
-    conversion = apply_table(unwrap(state_dict)[0], _TABLE, "detectron2")
-    for prefix in ("backbone.norms.", "neck.fpn.lateral.", "neck.fpn.output.", "neck.fpn.extra."):
+    source = unwrap(state_dict)[0]
+    retinanet = "head.cls_score.weight" in source
+    conversion = apply_table(source, (*_SHARED, *(_RETINANET if retinanet else (*_ATSS, *_FCOS))), "detectron2")
+    for prefix in _NUMBERED:
         conversion.tensors = renumber(conversion.tensors, prefix)
     conversion.tensors = stack_scales(conversion.tensors)
     add_batch_counters(conversion)
+    if retinanet:
+        _add_running_positives(conversion)
     return conversion
 
 
 def convert_detectron2(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Our state dict from the official one; see ``convert``."""
+    """Our state dict from detectron2's; see ``convert``."""
     return convert(state_dict).tensors

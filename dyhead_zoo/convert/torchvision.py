@@ -1,7 +1,8 @@
 """torchvision's detectors, both published weights and one's own.
 
 Differences that are more than names: the classifier has a row for the background, which comes first, and published
-weights have one for each of COCO's 90 ids, of which ten are not in use; FCOS has no learned scale per level.
+weights have one for each of COCO's 90 ids, of which ten are not in use; FCOS has no learned scale per level. The
+oldest files (RetinaNet's first version) number the layers of towers and pyramid otherwise. Anchors come in our order.
 
 Source of the names: torchvision.models.detection.
 """
@@ -29,6 +30,8 @@ _RESNET = (
 _FPN = (
     Rename("backbone.fpn.inner_blocks.{i}.0.{wb}", "neck.fpn.lateral.{i}.{wb}"),
     Rename("backbone.fpn.layer_blocks.{i}.0.{wb}", "neck.fpn.output.{i}.{wb}"),
+    Rename("backbone.fpn.inner_blocks.{i}.{wb}", "neck.fpn.lateral.{i}.{wb}"),
+    Rename("backbone.fpn.layer_blocks.{i}.{wb}", "neck.fpn.output.{i}.{wb}"),
     Rename("backbone.fpn.extra_blocks.p{i}.{wb}", "neck.fpn.extra.{i}.{wb}"),
 )
 
@@ -40,18 +43,40 @@ _FCOS = (
     Rename("head.regression_head.bbox_ctrness.{wb}", "head.centerness.{wb}"),
 )
 
+
+def _retinanet_tower(source: str, target: str) -> tuple[Rename, ...]:
+    return (
+        Rename(source + "{i}.0.{wb}", target + "{i}.conv.{wb}"),
+        Rename(source + "{i}.1.{wb}", target + "{i}.norm.{wb}"),
+        Rename(source + "{i}.{wb}", target + "{i}.conv.{wb}"),  # the oldest files: 0, 2, 4, 6
+    )
+
+
+_RETINANET = (
+    *_retinanet_tower("head.classification_head.conv.", "head.cls_tower."),
+    *_retinanet_tower("head.regression_head.conv.", "head.box_tower."),
+    Rename("head.classification_head.cls_logits.{wb}", "head.cls_logits.{wb}"),
+    Rename("head.regression_head.bbox_reg.{wb}", "head.box_deltas.{wb}"),
+)
+
+_ANCHORS = 9
+"""Per cell, of RetinaNet."""
 _ROWS_OF_COCO = 1 + 90
 """Of torchvision's published classifiers: background, then COCO's ids."""
 
 
-def _drop_unnamed_rows(conversion: Conversion) -> None:
+def _drop_unnamed_rows(conversion: Conversion, anchors: int) -> None:
     """Keep the rows of the classes: those of COCO's 80 where there is one per id, else all but the background's."""
     for name in ("weight", "bias"):
-        rows = conversion.tensors[f"head.cls_logits.{name}"]
-        named = COCO_80.category_ids if len(rows) == _ROWS_OF_COCO else range(1, len(rows))
-        conversion.tensors[f"head.cls_logits.{name}"] = rows[torch.tensor(named, device=rows.device)]
-        key = f"head.classification_head.cls_logits.{name}"
-        conversion.dropped[key] = f"{len(rows) - len(named)} of {len(rows)} rows: background and ids of no class"
+        key = f"head.cls_logits.{name}"
+        if key not in conversion.tensors or len(conversion.tensors[key]) % anchors:
+            continue  # left for the comparison of keys and shapes to report
+        rows = conversion.tensors[key].unflatten(0, (anchors, -1))
+        count = rows.shape[1]
+        named = COCO_80.category_ids if count == _ROWS_OF_COCO else range(1, count)
+        conversion.tensors[key] = rows[:, torch.tensor(named, device=rows.device)].flatten(0, 1)
+        reason = f"{anchors * (count - len(named))} of {anchors * count} rows: background and ids of no class"
+        conversion.dropped[f"head.classification_head.cls_logits.{name}"] = reason
 
 
 def _add_scales(conversion: Conversion) -> None:
@@ -74,12 +99,16 @@ def convert(state_dict: Mapping[str, Any], keep_rows: bool = False) -> Conversio
     Raises:
         CheckpointError: for keys of no known module.
     """
-    conversion = apply_table(unwrap(state_dict)[0], (*_RESNET, *_FPN, *_FCOS), "torchvision")
-    conversion.tensors = renumber(conversion.tensors, "neck.fpn.extra.")
+    source = unwrap(state_dict)[0]
+    fcos = any(key.startswith("head.regression_head.bbox_ctrness.") for key in source)
+    conversion = apply_table(source, (*_RESNET, *_FPN, *(_FCOS if fcos else _RETINANET)), "torchvision")
+    for prefix in ("neck.fpn.extra.", "head.cls_tower.", "head.box_tower."):
+        conversion.tensors = renumber(conversion.tensors, prefix)
     add_batch_counters(conversion)
-    _add_scales(conversion)
+    if fcos:
+        _add_scales(conversion)
     if not keep_rows:
-        _drop_unnamed_rows(conversion)
+        _drop_unnamed_rows(conversion, 1 if fcos else _ANCHORS)
     return conversion
 
 

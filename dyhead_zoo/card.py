@@ -92,7 +92,7 @@ def render_card(
         _training(cfg, recipe),
         _limits(cfg, record),
         _licences(cfg),
-        _proof(config, record, repo_id),
+        _proof(record, repo_id),
         _citation(config, cfg),
     ]
     front = ModelCardData(**card_metadata(config, record, title=title)).to_yaml()
@@ -180,11 +180,10 @@ def _summary(config: Mapping[str, Any], cfg: PretrainedCfg) -> str:
 
 
 def _usage(title: str, repo_id: str | None) -> str:
-    source = f"hf-hub:{repo_id}" if repo_id else "local-dir:PATH_OF_THIS_FOLDER"
     lines = [
         "from dyhead_zoo import create_detector",
         "",
-        f'detector = create_detector("{source}")',
+        f'detector = create_detector("{_source(repo_id)}")',
         '(found,) = detector.predict("photo.jpg", score_threshold=0.3)  # a path, PIL image, array or tensor',
         "for box, score, label in zip(found.boxes, found.scores, found.labels):",
         '    print(detector.label_space.names[label], f"{score:.2f}", box.tolist())  # x1, y1, x2, y2 in pixels',
@@ -196,6 +195,11 @@ def _usage(title: str, repo_id: str | None) -> str:
         "\n\nFor classes of your own, pass `class_names=[...]` and train: rows of classes that both name are kept, the "
         "others start fresh."
     )
+
+
+def _source(repo_id: str | None) -> str:
+    """What ``create_detector`` takes for these weights."""
+    return f"hf-hub:{repo_id}" if repo_id else "local-dir:PATH_OF_THIS_FOLDER"
 
 
 def _labels(cfg: PretrainedCfg) -> str:
@@ -211,10 +215,12 @@ def _labels(cfg: PretrainedCfg) -> str:
 def _input(cfg: PretrainedCfg) -> str:
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (cfg.mean, cfg.std))
     antialias = "antialiased" if cfg.antialias else "not antialiased"
+    size = f"the shorter side has {cfg.short_side} pixels, unless the longer would pass {cfg.long_side}"
+    if cfg.short_side == cfg.long_side:
+        size = f"the longer side has {cfg.long_side} pixels"
     rows = [
         "RGB, uint8 or float in 0..255. `predict` does all that follows; `forward` expects resized, padded images.",
-        f"Resized ({cfg.interpolation}, {antialias}) so that the shorter side has {cfg.short_side} pixels, unless the "
-        f"longer would pass {cfg.long_side}.",
+        f"Resized ({cfg.interpolation}, {antialias}) so that {size}.",
         f"Padded at the right and bottom to a multiple of {cfg.pad_divisor}; the padding is zero after normalisation.",
         f"The model itself normalises, in {cfg.channel_order.upper()} order: mean {mean}; standard deviation {std}.",
         "Boxes come back as x1, y1, x2, y2 in pixels of the original photo.",
@@ -241,7 +247,10 @@ def _measured(record: Mapping[str, Any] | None) -> str:
     )
     if record["intervals"]:
         drawn = record["intervals"]
-        notes += f" Intervals: {drawn['method']}, {drawn['resamples']} draws, seed {drawn['seed']}."
+        notes += (
+            f" Intervals: {drawn['method']}, {drawn['resamples']} draws, seed {drawn['seed']}; such intervals of AP lie "
+            "somewhat high, which is not corrected."
+        )
     return "\n\n".join([head, table, _extremes(record["per_class"]), _class_table(record["per_class"]), notes])
 
 
@@ -336,9 +345,9 @@ def _licences(cfg: PretrainedCfg) -> str:
     return "## Licences\n\n" + "\n".join(rows)
 
 
-def _proof(config: Mapping[str, Any], record: Mapping[str, Any] | None, repo_id: str | None) -> str:
+def _proof(record: Mapping[str, Any] | None, repo_id: str | None) -> str:
     text = (
-        f"## Verify\n\n`dyhead-zoo verify {repo_id or 'PATH_OF_THIS_FOLDER'}` recomputes the golden tensors that lie "
+        f"## Verify\n\n`dyhead-zoo verify {_source(repo_id)}` recomputes the golden tensors that lie "
         "beside the weights, and says which stage departs and by how much."
     )
     if record is not None:

@@ -302,7 +302,13 @@ cfgs = {
     ),
     "atss_lite2_dyhead3": _LITE,
     "test_atss": _SMALL,
-    "test_atss_dyhead1": _SMALL,
+    "test_atss_dyhead1.coco2148": _SMALL.replace(
+        **bundled_record("test_atss_dyhead1.coco2148"),
+        **COCO_SUBSET,
+        short_side=192,
+        long_side=192,
+        description="Trained from random weights for a few minutes: for tests of code that needs weights, not for use.",
+    ),
 }
 """Weights by ``name.tag``, the default tag of a name first."""
 

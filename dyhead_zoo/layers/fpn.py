@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dyhead_zoo.layers.dyhead import BlockAttention, CoarseOffsets, DyHead
 from dyhead_zoo.layers.dyhead_paper import PaperDyHead
-from dyhead_zoo.layers.tower import ConvNorm
+from dyhead_zoo.layers.tower import ConvNorm, Norm
 
 ExtraLevels = Literal["p5", "c5", "pool"]
 Formulation = Literal["released", "paper"]
@@ -32,8 +32,9 @@ class FPN(nn.Module):
         extra_from: ``'p5'``: a 3x3 stride-2 convolution of the last pyramid level; ``'c5'``: of the last backbone
             level; ``'pool'``: every second cell of the last pyramid level (max pooling with kernel 1), no parameters.
         extra_relu: ReLU before the second and later extra convolutions.
-        fpn_norm: GroupNorm after every convolution (RepPoints' "GN neck"). Bodies that end in a linear layer give
-            features of large magnitude, from which DyHead's offsets would leave the picture; this bounds them.
+        fpn_norm: after every convolution: GroupNorm (RepPoints' "GN neck"), ``'batch'`` norm, or none. Bodies that end
+            in a linear layer give features of large magnitude, from which DyHead's offsets would leave the picture;
+            GroupNorm bounds them.
 
     Shapes: L x (B, C_l, H_l, W_l) -> (L + num_extra) x (B, out_channels, ., .), fine to coarse.
     """
@@ -46,7 +47,7 @@ class FPN(nn.Module):
         num_extra: int = 2,
         extra_from: ExtraLevels = "p5",
         extra_relu: bool = False,
-        fpn_norm: bool = False,
+        fpn_norm: Norm = False,
     ) -> None:
         super().__init__()
         if extra_from not in ("p5", "c5", "pool"):
@@ -57,7 +58,7 @@ class FPN(nn.Module):
             layer = nn.Conv2d(channels, out_channels, kernel, stride, padding=kernel // 2, bias=not fpn_norm)
             nn.init.xavier_uniform_(layer.weight)
             if fpn_norm:
-                return ConvNorm(layer)
+                return ConvNorm(layer, fpn_norm)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
             return layer
 
@@ -101,7 +102,7 @@ class Neck(nn.Module):
         num_extra: int = 2,
         extra_from: ExtraLevels = "p5",
         extra_relu: bool = False,
-        fpn_norm: bool = False,
+        fpn_norm: Norm = False,
         dyhead: int = 0,
         scale: bool = True,
         spatial: bool = True,

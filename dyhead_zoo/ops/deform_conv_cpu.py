@@ -132,33 +132,12 @@ class _SamplingPlan(torch.autograd.Function):
     def forward(
         ctx: Any, offset: Tensor, mask: Tensor | None, in_size: Pair, geometry: Geometry, first_row: int
     ) -> tuple[Tensor, Tensor]:
-        offset, mask = _pixels_first(offset), None if mask is None else _pixels_first(mask)
-        batch, out_h, out_w, _ = offset.shape
-        grid_y, grid_x = _grid((out_h, out_w), geometry, offset)
-        y0, y1, weight_y0, weight_y1, inside_y0, inside_y1 = _neighbours(offset[..., 0::2] + grid_y, in_size[0])
-        x0, x1, weight_x0, weight_x1, inside_x0, inside_x1 = _neighbours(offset[..., 1::2] + grid_x, in_size[1])
+        pixels = offset[:, 0].numel()
+        index = torch.empty(pixels, geometry.taps, 4, dtype=torch.int32, device=offset.device)
+        weight = offset.new_empty(index.shape)
+        saved = write_plan(index, weight, offset, mask, in_size, geometry, first_row)
         if any(ctx.needs_input_grad[:2]):
-            ctx.has_mask = mask is not None
-            ctx.save_for_backward(
-                *(weight_y0.clone(), weight_y1.clone(), weight_x0, weight_x1),
-                *(inside_y0, inside_y1, inside_x0, inside_x1),
-                *(() if mask is None else (mask,)),
-            )
-        rows = torch.arange(batch, dtype=torch.int32, device=offset.device).view(-1, 1, 1, 1) * (
-            in_size[0] * in_size[1]
-        )
-        for y in (y0, y1):
-            y.mul_(in_size[1]).add_(rows + first_row)
-        if mask is not None:
-            weight_y0.mul_(mask)
-            weight_y1.mul_(mask)
-        index = y0.new_empty(*y0.shape, 4)
-        weight = offset.new_empty(*y0.shape, 4)
-        for corner, (row, column) in enumerate(((y0, x0), (y0, x1), (y1, x0), (y1, x1))):
-            torch.add(row, column, out=index[..., corner])
-        pairs = ((weight_y0, weight_x0), (weight_y0, weight_x1), (weight_y1, weight_x0), (weight_y1, weight_x1))
-        for corner, (vertical, horizontal) in enumerate(pairs):
-            torch.mul(vertical, horizontal, out=weight[..., corner])
+            ctx.save_for_backward(*saved, *(() if mask is None else (mask,)))
         index = index.flatten()
         ctx.mark_non_differentiable(index)
         return index, weight.flatten()
@@ -166,7 +145,7 @@ class _SamplingPlan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
-        y0, y1, x0, x1, inside_y0, inside_y1, inside_x0, inside_x1, *masks = ctx.saved_tensors
+        y0, y1, inside_y0, inside_y1, x0, x1, inside_x0, inside_x1, *masks = ctx.saved_tensors
         g00, g01, g10, g11 = grad_weight.view(*y0.shape, 4).unbind(-1)
         upper, lower = g00 * x0 + g01 * x1, g10 * x0 + g11 * x1
         left, right = g00 * y0 + g10 * y1, g01 * y0 + g11 * y1
@@ -176,9 +155,43 @@ class _SamplingPlan(torch.autograd.Function):
         torch.sub(right * inside_x1, left * inside_x0, out=grad_offset[..., 1])
         grad_mask = None
         if masks:
-            grad_offset *= masks[0][..., None]
+            grad_offset *= _pixels_first(masks[0])[..., None]
             grad_mask = (upper * y0 + lower * y1).permute(0, 3, 1, 2)
         return grad_offset.flatten(3).permute(0, 3, 1, 2), grad_mask, None, None, None
+
+
+def write_plan(
+    index: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    in_size: Pair,
+    geometry: Geometry,
+    first_row: int,
+) -> tuple[Tensor, ...]:
+    """``sampling_plan`` into given tensors, (P, K, 4) each, ``index`` int32 and ``weight`` of any floating dtype.
+
+    Returns:
+        What the derivative needs: for rows, then for columns, the weights of both neighbours without the mask, and 1 or
+        0 for whether they lie inside; (B, Ho, Wo, K) each.
+    """
+    offset = _pixels_first(offset)
+    batch, out_h, out_w, _ = offset.shape
+    grid_y, grid_x = _grid((out_h, out_w), geometry, offset)
+    y0, y1, *rows = _neighbours(offset[..., 0::2] + grid_y, in_size[0])
+    x0, x1, *columns = _neighbours(offset[..., 1::2] + grid_x, in_size[1])
+    image = torch.arange(batch, dtype=torch.int32, device=offset.device).view(-1, 1, 1, 1)
+    for y in (y0, y1):
+        y.mul_(in_size[1]).add_(image * (in_size[0] * in_size[1]) + first_row)
+    weight_y0, weight_y1 = rows[:2] if mask is None else (w * _pixels_first(mask) for w in rows[:2])
+    weight_x0, weight_x1 = columns[:2]
+    index, weight = (plan.view(*y0.shape, 4) for plan in (index, weight))
+    for corner, (row, column) in enumerate(((y0, x0), (y0, x1), (y1, x0), (y1, x1))):
+        torch.add(row, column, out=index[..., corner])
+    pairs = ((weight_y0, weight_x0), (weight_y0, weight_x1), (weight_y1, weight_x0), (weight_y1, weight_x1))
+    for corner, (vertical, horizontal) in enumerate(pairs):
+        torch.mul(vertical, horizontal, out=weight[..., corner])
+    return (*rows, *columns)
 
 
 def _pixels_first(field: Tensor) -> Tensor:

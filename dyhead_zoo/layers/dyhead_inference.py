@@ -1,0 +1,285 @@
+"""DyHead without gradients, at about the price of its matrix products.
+
+Gives what ``DyHead.forward`` gives, up to rounding, with less work around the convolutions:
+
+* **Levels together.** All levels lie one below the other in one table of pixels, (sum of B·H_l·W_l, C). The three
+  deformable convolutions of a block each sample that table once, for all levels that they serve: three chunked matrix
+  products a block instead of thirteen (five levels), which matters most where the levels are small.
+* **The tail as coefficients.** After a convolution, GroupNorm is an affine map of each channel, ``t -> A t + B``, that
+  follows from the channel's mean and variance; so does the mean of the normalised map, which is all that ScaleAttention
+  and TaskAttention look at. With upsampling, which commutes with the affine map and whose mean is a fixed weighted mean
+  of the smaller map, every number that multiplies a map is known before any map is touched:
+
+      out = max(a1 F + b1, a2 F + b2),    F = sum over the branches of (gate A / n) t + (gate B / n)
+
+  so each map is read twice, once for its statistics and once, a few rows at a time, to be combined.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyhead_zoo.ops.deform_conv_cpu import (
+    INT32_LIMIT,
+    Geometry,
+    as_matrix,
+    as_table,
+    sample_and_contract,
+    write_plan,
+)
+
+if TYPE_CHECKING:
+    from dyhead_zoo.layers.dyhead import DyHeadBlock, Field
+
+Size = tuple[int, int]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_CHUNK_ROWS = 512  # rows that are combined at a time: what is read, made and written stays in the cache
+
+
+class _Pyramid(NamedTuple):
+    """How the levels lie in a table of pixels: level after level, and in a level image after image, row after row."""
+
+    batch: int
+    sizes: tuple[Size, ...]
+
+    def pixels(self, level: int) -> int:
+        """Pixels of a level, of one image."""
+        return self.sizes[level][0] * self.sizes[level][1]
+
+    def start(self, level: int) -> int:
+        """The first row of a level."""
+        return self.batch * sum(map(self.pixels, range(level)))
+
+    def rows(self, level: int) -> slice:
+        """The rows of a level."""
+        start = self.start(level)
+        return slice(start, start + self.batch * self.pixels(level))
+
+    def maps(self, table: Tensor, level: int) -> Tensor:
+        """A level of a table as a channels_last map (B, C, H, W), a view."""
+        height, width = self.sizes[level]
+        return table[self.rows(level)].view(self.batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+class _Branch(NamedTuple):
+    """One of the three convolutions on the levels that it serves, and what follows from its statistics.
+
+    Attributes:
+        levels: that it serves, N of them.
+        out: (rows, C), what the convolution gave for all of them.
+        maps: per level (B·H·W, C), the convolution's output, upsampled where that belongs to the branch.
+        scale, shift: (N·B, C), of ``gate · GroupNorm / n`` as an affine map of each channel.
+        pooled: (N·B, C), the mean of ``gate · GroupNorm / n`` over each map.
+    """
+
+    levels: range
+    out: Tensor
+    maps: list[Tensor]
+    scale: Tensor
+    shift: Tensor
+    pooled: Tensor
+
+
+def applies(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> bool:
+    """Whether ``forward`` can stand in for the blocks: they are in evaluation mode, on a CPU, without gradients.
+
+    Not while compiling, exporting or tracing, nor where hooks wait for what the parts give, nor for blocks whose
+    convolutions are not deformable, nor for a pyramid whose sides do not halve from level to level.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if any(block.training or block.spatial.offset is None for block in blocks):
+        return False
+    first = features[0]
+    if any(x.device.type != "cpu" or x.dtype not in _DTYPES or x.dtype != first.dtype for x in features):
+        return False
+    pyramid = _pyramid_of(features)
+    halving = all(
+        (height + 1) // 2 == coarse[0] and (width + 1) // 2 == coarse[1]
+        for (height, width), coarse in zip(pyramid.sizes, pyramid.sizes[1:], strict=False)
+    )
+    rows = pyramid.start(len(features))
+    if not halving or not rows or rows * 36 >= INT32_LIMIT:
+        return False
+    return not any(_has_hooks(part) for block in blocks for part in block.modules())
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _pyramid_of(features: Sequence[Tensor]) -> _Pyramid:
+    return _Pyramid(len(features[0]), tuple((x.shape[2], x.shape[3]) for x in features))
+
+
+def forward(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> list[Tensor]:
+    """The blocks, one after the other, where ``applies``.
+
+    Under autocast the convolutions run in its dtype, everything else in that of ``features``.
+
+    Args:
+        blocks: of one DyHead.
+        features: L x (B, C, H_l, W_l), fine to coarse.
+
+    Returns:
+        L x (B, C_out, H_l, W_l) in channels_last, views of one tensor.
+    """
+    pyramid = _pyramid_of(features)
+    dtype = features[0].dtype
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+    table = torch.cat([as_table(x) for x in features]).to(dtype)
+    for block in blocks:
+        table = _block(block, table, pyramid, features[0].dtype if block is blocks[-1] else dtype)
+    return [pyramid.maps(table, level) for level in range(len(features))]
+
+
+def _block(block: DyHeadBlock, table: Tensor, pyramid: _Pyramid, out_dtype: torch.dtype) -> Tensor:
+    """One block on a table (rows, C): another, (rows, C_out)."""
+    count, batch = len(pyramid.sizes), pyramid.batch
+    fields = [block.spatial.fields([pyramid.maps(table, level)])[0] for level in range(count)]
+    branches = [_branch(block, "mid", table, pyramid, range(count), fields)]
+    if count > 1:
+        branches.append(_branch(block, "low", table, pyramid, range(1, count), fields))
+        branches.append(_branch(block, "high", table, pyramid, range(count - 1), fields))
+    shift, pooled = (torch.zeros_like(branches[0].shift) for _ in range(2))
+    for branch in branches:
+        served = slice(branch.levels.start * batch, branch.levels.stop * batch)
+        shift[served] += branch.shift
+        pooled[served] += branch.pooled
+    pieces = _pieces(block, shift, pooled)
+    for level in range(count):
+        served_by = [(branch, level - branch.levels.start) for branch in branches if level in branch.levels]
+        for image in range(batch):
+            rows = slice(image * pyramid.pixels(level), (image + 1) * pyramid.pixels(level))
+            maps = [branch.maps[place][rows] for branch, place in served_by]
+            scales = [branch.scale[place * batch + image] for branch, place in served_by]
+            _combine(maps, scales, [tuple(p[:, level * batch + image]) for p in pieces])
+    return branches[0].out.to(out_dtype)
+
+
+def _branch(
+    block: DyHeadBlock, name: str, table: Tensor, pyramid: _Pyramid, levels: range, fields: Sequence[Field | None]
+) -> _Branch:
+    """A convolution of the table on all the ``levels`` that it serves, and the coefficients of what follows it."""
+    spatial = block.spatial
+    conv, norm = getattr(spatial, f"conv_{name}"), getattr(spatial, f"norm_{name}")
+    sources = [level + {"low": -1, "mid": 0, "high": 1}[name] for level in levels]
+    geometry = Geometry((3, 3), (conv.stride, conv.stride), (1, 1), (1, 1))
+    sizes = [pyramid.sizes[source if name == "high" else level] for level, source in zip(levels, sources, strict=True)]
+    lengths = [pyramid.batch * height * width for height, width in sizes]
+    index = torch.empty(sum(lengths), geometry.taps, 4, dtype=torch.int32)
+    weight = table.new_empty(index.shape)
+    parts = zip(levels, sources, index.split(lengths), weight.split(lengths), strict=True)
+    for level, source, level_index, level_weight in parts:
+        offset, mask = cast("Field", fields[level])
+        if name == "high":
+            offset, mask = (spatial._coarse(field, pyramid.sizes[source]) for field in (offset, mask))
+        size, first_row = pyramid.sizes[source], pyramid.start(source)
+        write_plan(level_index, level_weight, offset, mask, size, geometry, first_row)
+    matrix, bias = as_matrix(conv.weight).to(table.dtype), conv.bias.to(table.dtype)
+    out = sample_and_contract(table, index.flatten(), weight.flatten(), matrix, bias).to(norm.weight.dtype)
+    maps = [m.view(pyramid.batch, h, w, -1) for m, (h, w) in zip(out.split(lengths), sizes, strict=True)]
+    mean, variance = (torch.cat(values) for values in zip(*map(_statistics, maps), strict=True))
+    scale, shift = _group_norm(norm, mean, variance)
+    if name == "high":
+        targets = [pyramid.sizes[level] for level in levels]
+        mean = torch.cat([_upsampled_mean(m, size) for m, size in zip(maps, targets, strict=True)])
+        maps = [_upsample(m, size) for m, size in zip(maps, targets, strict=True)]
+    pooled = mean * scale + shift
+    factor = _branch_factor(block, pooled, levels, pyramid)
+    return _Branch(levels, out, [m.flatten(0, 2) for m in maps], scale * factor, shift * factor, pooled * factor)
+
+
+def _branch_factor(block: DyHeadBlock, pooled: Tensor, levels: range, pyramid: _Pyramid) -> Tensor:
+    """ScaleAttention's gate of each map over the number of branches of its level: (N·B, 1)."""
+    last = len(pyramid.sizes) - 1
+    branches = torch.tensor([1 + (level > 0) + (level < last) for level in levels], dtype=pooled.dtype)
+    factor = 1 / branches.repeat_interleave(pyramid.batch)[:, None]
+    if block.scale is None:
+        return factor
+    # the mean of a map is its own mean
+    return factor * block.scale(pooled[:, :, None, None]).flatten(1)
+
+
+def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each channel of maps (B, H, W, C): (B, C) each.
+
+    A few rows at a time, put together as in Chan et al. (1983); ``torch.var_mean`` takes ten times as long
+    where the channels are innermost.
+    """
+    pixels = maps.flatten(1, 2)
+    parts = pixels.split(_CHUNK_ROWS, dim=1)
+    share = torch.tensor([part.shape[1] / pixels.shape[1] for part in parts], dtype=maps.dtype)[:, None, None]
+    means = torch.stack([part.mean(1) for part in parts])
+    squares = [(part - m[:, None]).square_().sum(1) for part, m in zip(parts, means, strict=True)]
+    mean = (share * means).sum(0)
+    variance = torch.stack(squares).sum(0) / pixels.shape[1] + (share * (means - mean).square()).sum(0)
+    return mean, variance
+
+
+def _group_norm(norm: nn.GroupNorm, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """GroupNorm as ``t -> scale t + shift`` per channel, from the channels' means and variances (N, C): (N, C) each."""
+    grouped_mean, grouped_variance = (s.unflatten(1, (norm.num_groups, -1)) for s in (mean, variance))
+    centre = grouped_mean.mean(2, keepdim=True)
+    spread = (grouped_variance + (grouped_mean - centre).square()).mean(2, keepdim=True)
+    scale = ((spread + norm.eps).rsqrt().expand_as(grouped_mean)).flatten(1) * norm.weight
+    return scale, norm.bias - scale * centre.expand_as(grouped_mean).flatten(1)
+
+
+def _upsample(maps: Tensor, size: Size) -> Tensor:
+    """Maps (B, h, w, C) to (B, *size, C), bilinear, corners on corners."""
+    maps = maps.permute(0, 3, 1, 2)
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+
+
+def _upsampled_mean(maps: Tensor, size: Size) -> Tensor:
+    """Mean over the pixels of ``_upsample(maps, size)``, (B, C), without making it."""
+    vertical, horizontal = (_axis_weights(n, to, maps.dtype) for n, to in zip(maps.shape[1:3], size, strict=True))
+    return torch.outer(vertical, horizontal).flatten() @ maps.flatten(1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def _axis_weights(size: int, upsampled: int, dtype: torch.dtype) -> Tensor:
+    """How much each of ``size`` numbers counts in the mean of their linear interpolation at ``upsampled`` points."""
+    with torch.inference_mode(False):
+        unit = torch.eye(size, dtype=dtype)[:, None]
+        return F.interpolate(unit, size=upsampled, mode="linear", align_corners=True).mean((1, 2))
+
+
+def _pieces(block: DyHeadBlock, shift: Tensor, pooled: Tensor) -> list[Tensor]:
+    """What follows the sum of the branches: the larger of two affine maps.
+
+    Args:
+        shift: (L·B, C), what is still to be added to the sum of the scaled maps.
+        pooled: (L·B, C), the mean of that sum.
+
+    Returns:
+        The two maps, each (2, L·B, C): slope and intercept.
+    """
+    from dyhead_zoo.layers.dyhead import TaskAttention
+
+    if not isinstance(block.task, TaskAttention):
+        return [torch.stack((torch.ones_like(shift), shift)), torch.zeros_like(shift).expand(2, *shift.shape)]
+    a1, b1, a2, b2 = (c.to(shift.dtype) for c in block.task.coefficients(pooled))
+    return [torch.stack((a1, a1 * shift + b1)), torch.stack((a2, a2 * shift + b2))]
+
+
+def _combine(maps: Sequence[Tensor], scales: Sequence[Tensor], pieces: Sequence[tuple[Tensor, ...]]) -> None:
+    """The first map becomes the larger of the two affine maps ``pieces`` of the sum of scale · map; (rows, C) each."""
+    (slope1, intercept1), (slope2, intercept2) = pieces
+    for start in range(0, len(maps[0]), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        total = maps[0][rows].mul_(scales[0])
+        for other, scale in zip(maps[1:], scales[1:], strict=True):
+            total.addcmul_(other[rows], scale)
+        second = torch.addcmul(intercept2, total, slope2)
+        total.mul_(slope1).add_(intercept1)
+        torch.maximum(total, second, out=total)

@@ -1,0 +1,186 @@
+"""The fused DyHead gives what the plain one gives, and stands aside where it must."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dyhead_zoo.layers import dyhead_inference
+from dyhead_zoo.layers.dyhead import DyHead
+
+
+def head_of(in_channels: int = 16, **arguments: Any) -> DyHead:
+    """In evaluation mode, with random weights everywhere."""
+    generator = torch.Generator().manual_seed(1)
+    head = DyHead(in_channels, 32, **{"num_blocks": 2, **arguments}).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+    return head
+
+
+def pyramid(
+    finest: tuple[int, int] = (13, 9), levels: int = 3, batch: int = 2, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    generator, size = torch.Generator().manual_seed(0), finest
+    features = []
+    for _ in range(levels):
+        features.append(torch.randn(batch, 16, *size, generator=generator).to(dtype))
+        size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+    return features
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that the fused path was taken."""
+    taken: list[int] = []
+    original = dyhead_inference.forward
+
+    def forward(*args: Any) -> list[Tensor]:
+        taken.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(dyhead_inference, "forward", forward)
+    return taken
+
+
+def assert_fused_is_plain(head: DyHead, features: list[Tensor], tolerance: float) -> None:
+    with torch.no_grad():
+        assert dyhead_inference.applies(list(head.blocks), features)
+        fused = head(features)
+        head.fused = False
+        plain = head(features)
+    for ours, reference in zip(fused, plain, strict=True):
+        assert ours.shape == reference.shape and ours.dtype == reference.dtype
+        assert (ours - reference).abs().max() <= tolerance * reference.abs().max()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    finest=st.tuples(st.integers(1, 26), st.integers(1, 26)),
+    levels=st.integers(1, 5),
+    batch=st.integers(1, 3),
+    scale=st.booleans(),
+    task=st.booleans(),
+    coarse_offsets=st.sampled_from(["aligned", "reinterpret"]),
+    rows=st.integers(1, 600),
+)
+def test_fused_is_plain(
+    finest: tuple[int, int], levels: int, batch: int, scale: bool, task: bool, coarse_offsets: Any, rows: int
+) -> None:
+    head = head_of(scale=scale, task=task, coarse_offsets=coarse_offsets).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dyhead_inference, "_CHUNK_ROWS", rows)
+        assert_fused_is_plain(head, pyramid(finest, levels, batch, torch.float64), 1e-10)
+
+
+@pytest.mark.parametrize("coarse_offsets", ["aligned", "reinterpret"])
+def test_fused_is_plain_in_float32(coarse_offsets: Any) -> None:
+    assert_fused_is_plain(head_of(coarse_offsets=coarse_offsets), pyramid((25, 13), 5), 1e-5)
+
+
+def test_fused_is_plain_for_channels_last_and_non_contiguous_features() -> None:
+    features = [x.double() for x in pyramid()]
+    for change in (
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    ):
+        assert_fused_is_plain(head_of().double(), [change(x) for x in features], 1e-10)
+
+
+def test_fused_leaves_its_input_alone() -> None:
+    features = [x.contiguous(memory_format=torch.channels_last) for x in pyramid(levels=1)]
+    before = [x.clone() for x in features]
+    with torch.inference_mode():
+        head_of()(features)
+    assert all(torch.equal(a, b) for a, b in zip(features, before, strict=True))
+
+
+def test_fused_under_autocast_is_as_close_as_bfloat16_allows(calls: list[int]) -> None:
+    head, features = head_of(), pyramid()
+    with torch.no_grad():
+        exact = head(features)
+        with torch.autocast("cpu", torch.bfloat16):
+            fused = head(features)
+            head.fused = False
+            plain = head(features)
+    assert len(calls) == 2
+    for a, b, reference in zip(fused, plain, exact, strict=True):
+        assert a.dtype == torch.float32
+        error = [float((x.float() - reference).square().mean().sqrt() / reference.std()) for x in (a, b)]
+        assert 0 < error[0] < 1.5 * error[1] + 0.01
+
+
+def test_an_image_gives_the_same_alone_and_in_a_batch() -> None:
+    head, features = head_of().double(), [x.double() for x in pyramid(batch=3)]
+    with torch.no_grad():
+        together, alone = head(features), head([x[1:2] for x in features])
+    for a, t in zip(alone, together, strict=True):
+        torch.testing.assert_close(a, t[1:2], atol=1e-10, rtol=1e-10)
+
+
+def test_it_is_used_for_inference_only(calls: list[int]) -> None:
+    head, features = head_of(), pyramid()
+    with torch.no_grad():
+        head(features)
+    with torch.inference_mode():
+        head(features)
+    assert len(calls) == 2
+    assert all(x.requires_grad for x in head(features))  # gradients are on
+    with torch.no_grad():
+        head.train()(features)
+        head.eval()(features, [])  # the attentions are asked for
+        head.fused = False
+        head(features)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [({"spatial": False}, [(8, 8), (4, 4)]), ({}, [(8, 8), (3, 3)]), ({}, [(8, 8), (8, 8)])],
+    ids=["ordinary convolutions", "not half", "equal"],
+)
+def test_what_it_cannot_do_is_left_to_the_modules(arguments: Any, sizes: list[tuple[int, int]]) -> None:
+    features = [torch.zeros(1, 16, *size) for size in sizes]
+    with torch.no_grad():
+        assert not dyhead_inference.applies(list(head_of(**arguments).blocks), features)
+
+
+def test_hooks_are_heard() -> None:
+    head, features, heard = head_of(), pyramid(), []
+    handle = head.blocks[1].scale.register_forward_hook(lambda *_: heard.append(1))
+    with torch.no_grad():
+        head(features)
+        handle.remove()
+        head(features)
+    assert len(heard) == 2 + 3 + 2  # branches of the three levels
+
+
+def test_export_sees_the_modules(calls: list[int]) -> None:
+    head, features = head_of(num_blocks=1), pyramid(batch=1)
+    with torch.no_grad():
+        program = torch.export.export(head, (features,))
+        traced = program.module()(features)
+        assert not calls
+        fused = head(features)
+    assert len(calls) == 1
+    for a, b in zip(traced, fused, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_it_follows_changed_weights() -> None:
+    head, features = head_of(), pyramid()
+    with torch.no_grad():
+        before = head(features)
+        head.blocks[0].spatial.conv_mid.weight.data.mul_(2)
+        after = head(features)
+        head.fused = False
+        plain = head(features)
+    assert not torch.allclose(before[0], after[0])
+    torch.testing.assert_close(after[0], plain[0], atol=1e-5, rtol=1e-4)

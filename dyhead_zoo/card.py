@@ -248,8 +248,8 @@ def _measured(record: Mapping[str, Any] | None) -> str:
     if record["intervals"]:
         drawn = record["intervals"]
         notes += (
-            f" Intervals: {drawn['method']}, {drawn['resamples']} draws, seed {drawn['seed']}; such intervals of AP lie "
-            "somewhat high, which is not corrected."
+            f" Intervals: {drawn['method']}, {drawn['resamples']} draws, seed {drawn['seed']}; intervals of AP lie "
+            "somewhat high by this method, which is not corrected."
         )
     return "\n\n".join([head, table, _extremes(record["per_class"]), _class_table(record["per_class"]), notes])
 

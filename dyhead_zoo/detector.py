@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyhead_zoo.data.label_space import LabelSpace
 from dyhead_zoo.layers.dyhead import BlockAttention
-from dyhead_zoo.layers.fpn import Neck
+from dyhead_zoo.layers.fpn import DyHeadNeck
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.structures import Detections, DetectionTensors, Target
 from dyhead_zoo.weights import ClassRows
@@ -141,7 +141,7 @@ class Detector(nn.Module):
         Raises:
             ValueError: for a detector without DyHead.
         """
-        neck = cast(Neck, self.neck)
+        neck = cast(DyHeadNeck, self.neck)
         if neck.dyhead is None:
             raise ValueError(f"{self.name} has no DyHead: its name would end in '_dyhead<N>'")
         return neck.attention(self.backbone(self.normalise(images, image_sizes)))

@@ -16,7 +16,7 @@ from dyhead_zoo.data.label_space import LabelSpace
 from dyhead_zoo.detector import Detector
 from dyhead_zoo.hub import fetch_repository
 from dyhead_zoo.layers.backbone import Backbone, backbone_data_config, resolve_backbone_name
-from dyhead_zoo.layers.fpn import Neck
+from dyhead_zoo.layers.fpn import DyHeadNeck, Neck
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.saved import check_weights, saved_config
 from dyhead_zoo.weight_files import weights_in
@@ -33,7 +33,7 @@ _OF_WEIGHTS = {*_FREEZING, "norm_eps"}
 _FREE = {
     *_FREEZING,
     *("zero_init_offset", "image_size"),  # of initialisation, and of the canvas
-    *("drop_path", "full_precision"),  # of training
+    *("drop_path", "dropout", "full_precision"),  # of training
     *("score_threshold", "pre_nms", "nms_threshold", "max_detections"),  # of decoding
 }
 """Arguments that may differ from those of the weights."""
@@ -149,9 +149,11 @@ def build_detector(
     name: str,
     pretrained: bool,
     user: Mapping[str, Any],
+    *,
+    neck_cls: type[DyHeadNeck] = Neck,
     **defaults: Any,
 ) -> Detector:
-    """Compose backbone, neck and head, and load weights. Families call this with their head and defaults.
+    """Compose backbone, neck and head, and load weights. Families call this with their head, neck and defaults.
 
     Arguments are flat; precedence: ``defaults`` < the cfg's ``arch`` < ``user``. Each goes to the part whose
     constructor names it. A cfg's frozen stages and norms are left out where no weights are loaded.
@@ -170,7 +172,7 @@ def build_detector(
         class_names = PretrainedCfg.from_dict(saved["pretrained_cfg"]).label_space
     labels = _label_space(num_classes, class_names, cfg)
     if pretrained:
-        _check_pretrained(name, cfg, user, {**_settings(Backbone, Neck, head_cls), **defaults})
+        _check_pretrained(name, cfg, user, {**_settings(Backbone, neck_cls, head_cls), **defaults})
     arch = dict(cfg.arch) if cfg else {}
     if not pretrained and checkpoint is None and pretrained_backbone is False:
         arch = {key: value for key, value in arch.items() if key not in _OF_WEIGHTS}  # random weights must learn
@@ -180,7 +182,9 @@ def build_detector(
         cfg = (cfg or PretrainedCfg()).replace(**backbone_data_config(backbone_name))
     weights_cfg, cfg = cfg, cfg.with_labels(labels)
 
-    parts = _route({k: v for k, v in options.items() if k not in ("backbone", "in_chans")}, Backbone, Neck, head_cls)
+    parts = _route(
+        {k: v for k, v in options.items() if k not in ("backbone", "in_chans")}, Backbone, neck_cls, head_cls
+    )
     in_chans = options.get("in_chans", 3)
     loads_detector = pretrained or checkpoint is not None
     backbone = Backbone(
@@ -192,7 +196,7 @@ def build_detector(
     if backbone.image_size is not None and max(cfg.short_side, cfg.long_side) > min(backbone.image_size):
         side = min(backbone.image_size) // cfg.pad_divisor * cfg.pad_divisor  # every image fits, upright or not
         cfg = cfg.replace(short_side=side, long_side=side)
-    neck = Neck(backbone.channels, backbone.strides, **parts[Neck])
+    neck: Any = neck_cls(backbone.channels, backbone.strides, **parts[neck_cls])
     head = head_cls(neck.channels, neck.strides, len(labels), pad_divisor=cfg.pad_divisor, **parts[head_cls])
     detector = Detector(backbone, neck, head, name=name, arch=options, pretrained_cfg=cfg, in_chans=in_chans)
     if pretrained:
@@ -201,7 +205,7 @@ def build_detector(
     if checkpoint is not None:
         _report(load_checkpoint(detector, checkpoint))
     if saved:
-        base = _settings(Backbone, Neck, head_cls)
+        base = _settings(Backbone, neck_cls, head_cls)
         _check_record(str(checkpoint), {**base, **saved["arch"]}, {**base, **options}, user)
     return detector.eval()
 

@@ -13,7 +13,7 @@ from dyhead_zoo.data import prepare_images
 from dyhead_zoo.detector import Detector
 from dyhead_zoo.engine.draw import class_color
 from dyhead_zoo.layers.dyhead import BlockAttention
-from dyhead_zoo.layers.fpn import Neck
+from dyhead_zoo.layers.fpn import DyHeadNeck
 
 _PHOTO = 720  # pixels, width of the photo
 _CHARTS = 500  # pixels, width of the charts beside it
@@ -78,7 +78,7 @@ def draw_attention(detector: Detector, image: Tensor, *, top: int = 3) -> Image.
     zoom = _PHOTO / width
     photo = to_pil_image(batch.images[0, :, :height, :width]).resize((_PHOTO, round(height * zoom)))
     canvas = ImageDraw.Draw(photo)
-    strides = detector.neck.strides if isinstance(detector.neck, Neck) else ()
+    strides = detector.neck.strides if isinstance(detector.neck, DyHeadNeck) else ()
     for box, label in zip(found.boxes[:top] * (width / image.shape[2]), found.labels[:top].tolist(), strict=True):
         canvas.rectangle((box * zoom).tolist(), outline=class_color(label), width=3)
         for number, block in enumerate(trace):

@@ -109,6 +109,10 @@ class Backbone(nn.Module):
         pretrained: ``True`` for timm's weights (downloaded), a file in timm's layout, or a state dict.
         image_size: (height, width) of the canvas for bodies that work at one size only; by default the one of their
             weights. Smaller images are padded to it, larger ones are an error. Others take any size.
+        output_stride: of the deepest stage, by dilated convolutions in place of strides (16: DETR's DC5), for bodies
+            that timm can dilate; ``strides`` must not go beyond it.
+        pad_to_cells: images are padded to whole cells of the coarsest map, which many bodies need. ResNets do not, and
+            DETR's weights were trained without.
         caffe: ResNet with the stride of a bottleneck in its first 1x1 convolution (weights of caffe origin).
         out_norm: LayerNorm on each level; by default for bodies whose norms are LayerNorms.
         frozen_stages: stem and stages up to this one are not trained; 0 freezes the stem, -1 nothing.
@@ -135,6 +139,8 @@ class Backbone(nn.Module):
         strides: Sequence[int] = (8, 16, 32),
         pretrained: bool | str | Path | Mapping[str, Tensor] = False,
         image_size: tuple[int, int] | None = None,
+        output_stride: int | None = None,
+        pad_to_cells: bool = True,
         caffe: bool = False,
         out_norm: bool | None = None,
         frozen_stages: int = -1,
@@ -151,6 +157,8 @@ class Backbone(nn.Module):
         kwargs: dict[str, Any] = {"in_chans": in_chans, "num_classes": 0}
         if drop_path:
             kwargs["drop_path_rate"] = drop_path
+        if output_stride:
+            kwargs["output_stride"] = output_stride
         sizes, self.image_size = _size_arguments(self.name, image_size, kwargs)
         try:
             body: Any = timm.create_model(self.name, pretrained=pretrained is True, **kwargs, **sizes)
@@ -165,7 +173,7 @@ class Backbone(nn.Module):
             body.global_pool = ""  # Gemma 4's encoder asks for canvases that suit a pooling which is not run here
         info: list[dict[str, Any]] = list(body.feature_info)
         reductions = [int(level["reduction"]) for level in info]
-        self._divisor = max(reductions) * _block_side(body)
+        self._divisor = max(reductions) * _block_side(body) if pad_to_cells else 1
         self._sources = [_nearest_level(reductions, stride) for stride in self.strides]
         self._taps = sorted(set(self._sources))
         self._take: list[int] = body.prune_intermediate_layers(self._taps, prune_norm=True, prune_head=True)

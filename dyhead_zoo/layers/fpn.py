@@ -84,8 +84,77 @@ class FPN(nn.Module):
         return outputs
 
 
-class Neck(nn.Module):
-    """FPN, then DyHead if ``dyhead`` blocks are asked for: what stands between a backbone and a head.
+class DyHeadNeck(nn.Module):
+    """Levels of equal channels, then DyHead if there is one: what stands between a backbone and a head.
+
+    Subclasses give the levels.
+
+    Attributes:
+        channels, strides: of the levels.
+        dyhead: the blocks on top, or None.
+    """
+
+    channels: int
+    strides: tuple[int, ...]
+    dyhead: DyHead | PaperDyHead | None = None
+
+    def levels(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Backbone levels to levels of ``channels`` channels, one for each stride."""
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each DyHead block in the backward pass instead of keeping its activations."""
+        if self.dyhead is not None:
+            self.dyhead.grad_checkpointing = enable
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        levels = self.levels(features)
+        return levels if self.dyhead is None else self.dyhead(levels)
+
+    def attention(self, features: Sequence[Tensor]) -> list[BlockAttention]:
+        """What the attentions of each DyHead block compute for these features; empty without DyHead."""
+        trace: list[BlockAttention] = []
+        if self.dyhead is not None:
+            self.dyhead(self.levels(features), trace)
+        return trace
+
+
+def build_dyhead(
+    channels: int,
+    num_levels: int,
+    num_blocks: int,
+    *,
+    scale: bool,
+    spatial: bool,
+    task: bool,
+    coarse_offsets: CoarseOffsets,
+    zero_init_offset: bool,
+    formulation: Formulation,
+) -> DyHead | PaperDyHead | None:
+    """DyHead in the released or in the paper's formulation; None for no blocks.
+
+    Raises:
+        ValueError: for another ``formulation``.
+    """
+    if formulation not in ("released", "paper"):
+        raise ValueError(f"formulation={formulation!r}: use 'released' (published weights) or 'paper'")
+    if not num_blocks:
+        return None
+    if formulation == "paper":
+        return PaperDyHead(channels, num_levels, num_blocks, scale=scale, spatial=spatial, task=task)
+    return DyHead(
+        channels,
+        num_blocks=num_blocks,
+        scale=scale,
+        spatial=spatial,
+        task=task,
+        coarse_offsets=coarse_offsets,
+        zero_init_offset=zero_init_offset,
+    )
+
+
+class Neck(DyHeadNeck):
+    """FPN, then DyHead if ``dyhead`` blocks are asked for.
 
     ``strides`` are those of the pyramid: the backbone's, then doubling. Arguments as in ``FPN`` and ``DyHead``;
     ``formulation='paper'`` runs the paper's equations (``PaperDyHead``) instead of the released code's.
@@ -112,8 +181,6 @@ class Neck(nn.Module):
         formulation: Formulation = "released",
     ) -> None:
         super().__init__()
-        if formulation not in ("released", "paper"):
-            raise ValueError(f"formulation={formulation!r}: use 'released' (published weights) or 'paper'")
         if channels < 1:
             raise ValueError(f"channels={channels}: a pyramid has at least one channel")
         if not 0 <= num_extra <= _MAX_EXTRA:
@@ -123,32 +190,18 @@ class Neck(nn.Module):
         self.fpn = FPN(
             in_channels, channels, num_extra=num_extra, extra_from=extra_from, extra_relu=extra_relu, fpn_norm=fpn_norm
         )
-        self.dyhead: DyHead | PaperDyHead | None = None
-        if dyhead and formulation == "paper":
-            self.dyhead = PaperDyHead(channels, len(self.strides), dyhead, scale=scale, spatial=spatial, task=task)
-        elif dyhead:
-            self.dyhead = DyHead(
-                channels,
-                num_blocks=dyhead,
-                scale=scale,
-                spatial=spatial,
-                task=task,
-                coarse_offsets=coarse_offsets,
-                zero_init_offset=zero_init_offset,
-            )
+        self.dyhead = build_dyhead(
+            channels,
+            len(self.strides),
+            dyhead,
+            scale=scale,
+            spatial=spatial,
+            task=task,
+            coarse_offsets=coarse_offsets,
+            zero_init_offset=zero_init_offset,
+            formulation=formulation,
+        )
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each DyHead block in the backward pass instead of keeping its activations."""
-        if self.dyhead is not None:
-            self.dyhead.grad_checkpointing = enable
-
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        pyramid = self.fpn(features)
-        return pyramid if self.dyhead is None else self.dyhead(pyramid)
-
-    def attention(self, features: Sequence[Tensor]) -> list[BlockAttention]:
-        """What the three attentions of each DyHead block compute for these backbone levels; empty without DyHead."""
-        trace: list[BlockAttention] = []
-        if self.dyhead is not None:
-            self.dyhead(self.fpn(features), trace)
-        return trace
+    def levels(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The pyramid, before DyHead."""
+        return self.fpn(features)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import pytest
@@ -16,7 +16,7 @@ from torchvision.models.detection import retinanet_resnet50_fpn, retinanet_resne
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from dyhead_zoo import Detector, PretrainedCfg, TrainStep, create_detector, list_detectors, list_tags, load_checkpoint
+from dyhead_zoo import PretrainedCfg, TrainStep, create_detector, list_detectors, list_tags, load_checkpoint
 from dyhead_zoo.convert import CheckpointError, detectron2, mmdet, torchvision
 from dyhead_zoo.convert.detectron2 import ratio_major
 from dyhead_zoo.convert.torchvision import convert_torchvision
@@ -63,7 +63,7 @@ def literal_assign(anchors: Tensor, boxes: Tensor, low_quality: str) -> list[set
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(box, min_size=1, max_size=12), st.lists(box, max_size=5), st.sampled_from(["owner", "best", "none"]))
-def test_assignment_is_the_literal_one(anchors: list, boxes: list, low_quality: str) -> None:
+def test_assignment_is_the_literal_one(anchors, boxes, low_quality):
     found = assign(boxes_of(anchors), boxes_of(boxes), low_quality=low_quality).tolist()
     allowed = literal_assign(boxes_of(anchors), boxes_of(boxes), low_quality)
     assert all(owner in some for owner, some in zip(found, allowed, strict=True)), (found, allowed)
@@ -71,20 +71,20 @@ def test_assignment_is_the_literal_one(anchors: list, boxes: list, low_quality: 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(box, min_size=1, max_size=12), st.lists(box, min_size=1, max_size=5))
-def test_best_is_what_torchvision_does(anchors: list, boxes: list) -> None:
+def test_best_is_what_torchvision_does(anchors, boxes):
     overlap = box_iou(boxes_of(boxes), boxes_of(anchors))
     assume((overlap.max(1).values > 0).all())  # torchvision gives an object that touches nothing everything
     expected = Matcher(0.5, 0.4, allow_low_quality_matches=True)(overlap)
     assert torch.equal(assign(boxes_of(anchors), boxes_of(boxes), low_quality="best"), expected)
 
 
-def test_thresholds_and_the_ignored_band() -> None:
+def test_thresholds_and_the_ignored_band():
     anchors = boxes_of([[0, 0, 10, 5], [0, 0, 10, 4], [0, 0, 10, 3], [50, 50, 60, 60], [0, 0, 10, 10]])
     owner = assign(anchors, boxes_of([[0, 0, 10, 10]]), low_quality="none")
     assert owner.tolist() == [0, IGNORED, BACKGROUND, BACKGROUND, 0]  # overlaps 0.5, 0.4, 0.3, 0, 1
 
 
-def test_rescued_anchors_learn_their_owner_or_their_best() -> None:
+def test_rescued_anchors_learn_their_owner_or_their_best():
     """Of the second object the first anchor is the best one, though it overlaps the first object more."""
     anchors, boxes = boxes_of([[0, 0, 10, 10], [40, 0, 50, 10]]), boxes_of([[0, 0, 10, 8], [8, 8, 12, 12]])
     assert assign(anchors, boxes, low_quality="owner").tolist() == [1, BACKGROUND]
@@ -92,7 +92,7 @@ def test_rescued_anchors_learn_their_owner_or_their_best() -> None:
 
 
 @pytest.mark.parametrize("low_quality", ["owner", "best", "none"])
-def test_nothing_to_assign(low_quality: str) -> None:
+def test_nothing_to_assign(low_quality):
     anchors = boxes_of([[0, 0, 10, 10], [5, 5, 9, 9]])
     empty, without_area, far = boxes_of([]), boxes_of([[3, 3, 3, 8]]), boxes_of([[100, 100, 110, 110]])
     for boxes in (empty, without_area, far):
@@ -103,10 +103,10 @@ def test_nothing_to_assign(low_quality: str) -> None:
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_losses_are_divided_by() -> None:
+def test_what_losses_are_divided_by():
     positives = torch.tensor([0.0, 3.0])
 
-    def divisors(**kwargs: str) -> list[float]:
+    def divisors(**kwargs):
         return RetinaNetHead(8, (8, 16), 2, **kwargs).divisors(positives).tolist()
 
     assert divisors() == [4, 4]  # at least one per picture
@@ -118,7 +118,7 @@ def test_what_losses_are_divided_by() -> None:
     assert head.state_dict()["running_positives"].item() == pytest.approx(81.37)
 
 
-def test_the_running_mean_moves_only_in_training() -> None:
+def test_the_running_mean_moves_only_in_training():
     detector = create_detector("test_retinanet", num_classes=3, normaliser="running")
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     target = {"boxes": torch.tensor([[8.0, 8, 50, 50]]), "labels": torch.tensor([1])}
@@ -130,7 +130,7 @@ def test_the_running_mean_moves_only_in_training() -> None:
         assert not detector.head.running_positives.requires_grad
 
 
-def test_cells_in_the_padding_are_negatives_or_take_no_part() -> None:
+def test_cells_in_the_padding_are_negatives_or_take_no_part():
     images, sizes = torch.zeros(1, 3, 64, 128, dtype=torch.uint8), torch.tensor([[64, 60]])
     target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([0])}
     inside, everywhere = (
@@ -143,7 +143,7 @@ def test_cells_in_the_padding_are_negatives_or_take_no_part() -> None:
     assert (owner[0, ~left] == BACKGROUND).all()
 
 
-def test_losses_by_hand() -> None:
+def test_losses_by_hand():
     """One positive anchor exactly on its object, all logits and deltas 0: -log(1/2) times the weights of Eq. 5."""
     head = RetinaNetHead(8, (8,), 2, box_loss="l1")
     raw = head([torch.zeros(1, 8, 2, 2)], torch.tensor([[16, 16]]), (16, 16))
@@ -161,7 +161,7 @@ def test_losses_by_hand() -> None:
 
 
 @pytest.mark.parametrize("option", ["low_quality", "normaliser", "box_loss"])
-def test_unknown_variants_are_named(option: str) -> None:
+def test_unknown_variants_are_named(option):
     with pytest.raises(ValueError, match=f"{option}='nonsense'"):
         create_detector("test_retinanet", **{option: "nonsense"})
 
@@ -175,7 +175,7 @@ BUILDERS = {
 EPS = {"retinanet_resnet50.torchvision_coco": 0.0, "retinanet_resnet50.torchvision_v2_coco": 1e-5}
 
 
-def torchvision_retinanet(name: str, **kwargs: float) -> torch.nn.Module:
+def torchvision_retinanet(name, **kwargs):
     """torchvision's detector with weights that are random but not idle: scores and boxes of all kinds.
 
     One norm has so small a variance that its eps shows; torchvision sets it when it loads its first version's weights.
@@ -200,7 +200,7 @@ def torchvision_retinanet(name: str, **kwargs: float) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
-def both(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, Detector]:
+def both(request):
     """torchvision's detector and ours with the same weights, with all rows of the classifier."""
     theirs = torchvision_retinanet(request.param, num_classes=5).eval()
     ours = create_detector(request.param, num_classes=5, max_detections=300, norm_eps=EPS[request.param])
@@ -212,14 +212,14 @@ SIZES = pytest.mark.parametrize("size", [(128, 128), (96, 160)], ids=["even", "b
 """The coarsest maps of 96 x 160 px reach beyond the canvas, where torchvision's strides are not the nominal ones."""
 
 
-def pictures_for(theirs: torch.nn.Module, size: tuple[int, int]) -> Tensor:
+def pictures_for(theirs, size):
     """Two pictures of a size that torchvision's transform leaves as it is."""
     theirs.transform.min_size, theirs.transform.max_size = (min(size),), max(size)
     return torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 @SIZES
-def test_torchvision_detections(both: tuple[torch.nn.Module, Detector], size: tuple[int, int]) -> None:
+def test_torchvision_detections(both, size):
     """torchvision's detections contain boxes without area, which we leave out."""
     theirs, ours = both
     pictures = pictures_for(theirs, size)
@@ -236,7 +236,7 @@ def test_torchvision_detections(both: tuple[torch.nn.Module, Detector], size: tu
 
 
 @SIZES
-def test_torchvision_losses(both: tuple[torch.nn.Module, Detector], size: tuple[int, int]) -> None:
+def test_torchvision_losses(both, size):
     theirs, ours = both
     pictures = pictures_for(theirs, size)
     targets = [
@@ -253,7 +253,7 @@ def test_torchvision_losses(both: tuple[torch.nn.Module, Detector], size: tuple[
         torch.testing.assert_close(found[key], expected[their_key], rtol=1e-4, atol=1e-5)
 
 
-def test_torchvision_rows_of_background_and_unused_ids_are_dropped_of_each_anchor() -> None:
+def test_torchvision_rows_of_background_and_unused_ids_are_dropped_of_each_anchor():
     name = "retinanet_resnet50.torchvision_coco"
     checkpoint = {key: torch.zeros(shape) for key, shape in published_torchvision(name).items()}
     checkpoint["head.classification_head.cls_logits.bias"] = torch.arange(9 * 91.0)
@@ -265,7 +265,7 @@ def test_torchvision_rows_of_background_and_unused_ids_are_dropped_of_each_ancho
     assert "99 of 819 rows" in report.summary() and not report.fresh_classes
 
 
-def test_rows_of_each_anchor_follow_their_class_name() -> None:
+def test_rows_of_each_anchor_follow_their_class_name():
     source = create_detector("test_retinanet", class_names=["cat", "dog", "kite"])
     target = create_detector("test_retinanet", class_names=["kite", "cat"])
     report = load_checkpoint(target, source.state_dict(), label_space=source.label_space)
@@ -274,7 +274,7 @@ def test_rows_of_each_anchor_follow_their_class_name() -> None:
     assert torch.equal(ours, theirs[:, [2, 0]])
 
 
-def test_eps_of_the_norms_comes_with_the_weights_only() -> None:
+def test_eps_of_the_norms_comes_with_the_weights_only():
     """A norm that learns from batches must not divide by the variance of a constant."""
     arguments = {"pretrained_cfg": PretrainedCfg(arch={"norm_eps": 0.0})}
     fresh = create_detector("test_retinanet", **arguments)
@@ -303,7 +303,7 @@ def body_shapes(name: str) -> Shapes:
     return {key: shape for key, shape in meta_shapes(BODIES[name]).items() if not key.startswith("fc.")}
 
 
-def layers(shapes: dict[str, tuple[int, ...]]) -> Shapes:
+def layers(shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
     return {f"{name}.{p}": s for name, shape in shapes.items() for p, s in (("weight", shape), ("bias", shape[:1]))}
 
 
@@ -375,7 +375,7 @@ CONVERTERS = {"mmdet": mmdet.convert, "detectron2": detectron2.convert, "torchvi
 
 
 @pytest.mark.parametrize("name", TAGS)
-def test_every_published_key_has_its_place(name: str) -> None:
+def test_every_published_key_has_its_place(name):
     keys = keys_of(name)
     with torch.device("meta"):
         detector = create_detector(name)
@@ -386,7 +386,7 @@ def test_every_published_key_has_its_place(name: str) -> None:
     assert found == {key: tuple(value.shape) for key, value in detector.state_dict().items()}
 
 
-def test_detectron2_towers_and_predictions_arrive_in_our_order() -> None:
+def test_detectron2_towers_and_predictions_arrive_in_our_order():
     name = "retinanet_resnet50.detectron2_1x_coco"
     source = {key: torch.full(shape, float(i)) for i, (key, shape) in enumerate(detectron2_keys("resnet50").items())}
     source["head.bbox_pred.bias"] = torch.arange(36.0)
@@ -403,7 +403,7 @@ def test_detectron2_towers_and_predictions_arrive_in_our_order() -> None:
     assert head.cls_logits.bias.tolist() == [80 * anchor + k for anchor in sizes_first for k in range(80)]
 
 
-def test_detectron2_anchors_in_our_order_are_ours() -> None:
+def test_detectron2_anchors_in_our_order_are_ours():
     """detectron2's loop: for each size, for each ratio (height over width), around the origin."""
     sizes = [32.0, 32 * 2 ** (1 / 3), 32 * 2 ** (2 / 3)]
     theirs = []
@@ -415,6 +415,6 @@ def test_detectron2_anchors_in_our_order_are_ours() -> None:
     torch.testing.assert_close(ratio_major(torch.tensor(theirs)), ours)
 
 
-def test_detectron2_heads_with_other_anchors_are_refused() -> None:
+def test_detectron2_heads_with_other_anchors_are_refused():
     with pytest.raises(CheckpointError, match=r"240 rows.*9 anchors"):
         detectron2.convert({"head.cls_score.weight": torch.zeros(3 * 80, 1, 3, 3)})

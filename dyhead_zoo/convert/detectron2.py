@@ -1,4 +1,5 @@
-"""Checkpoints trained in detectron2: its own, those of DyHead's authors (microsoft/DynamicHead), AdelaiDet's FCOS.
+"""Checkpoints trained in detectron2: its own, those of DyHead's authors (microsoft/DynamicHead), AdelaiDet's FCOS; and
+BorderDet's, from cvpods, which has detectron2's modules.
 
 Differences that are more than names: the frozen BatchNorm layers do not count batches; one learned scale per level
 there, one parameter with all of them here; Swin merges patches at the end of a stage, timm at the start of the next.
@@ -130,6 +131,25 @@ _FCOS = (
     Rename("proposal_generator.fcos_head.scales.{i}.scale", "head.scales.{i}"),
 )
 
+
+def _border_branch(source: str, target: str) -> tuple[Rename, ...]:
+    layers = {"cur_point_conv": "point", "ltrb_conv": "borders", "border_conv": "merge"}
+    return tuple(Rename(f"{source}{theirs}.0.{{wb}}", f"{target}{ours}.{{wb}}") for theirs, ours in layers.items())
+
+
+_BORDERDET = (
+    *tower_rows("head.cls_subnet.", "head.cls_tower."),
+    *tower_rows("head.bbox_subnet.", "head.box_tower."),
+    Rename("head.cls_score.{wb}", "head.cls_logits.{wb}"),
+    Rename("head.bbox_pred.{wb}", "head.box_distances.{wb}"),
+    Rename("head.centerness.{wb}", "head.centerness.{wb}"),
+    Rename("head.scales.{i}.scale", "head.scales.{i}"),
+    *_border_branch("head.border_cls_subnet.", "head.border_cls."),
+    *_border_branch("head.border_bbox_subnet.", "head.border_box."),
+    Rename("head.border_cls_score.{wb}", "head.border_logits.{wb}"),
+    Rename("head.border_bbox_pred.{wb}", "head.border_deltas.{wb}"),
+)
+
 _SHARED: tuple[Rename | Drop, ...] = (
     *_NOT_WEIGHTS,
     *_resnet(_BODY),
@@ -164,8 +184,10 @@ def convert(state_dict: Mapping[str, Any]) -> Conversion:
         CheckpointError: for keys of no known module.
     """
     source = unwrap(state_dict)[0]
-    retinanet = "head.cls_score.weight" in source
-    conversion = apply_table(source, (*_SHARED, *(_RETINANET if retinanet else (*_ATSS, *_FCOS))), "detectron2")
+    borderdet = "head.border_cls_score.weight" in source
+    retinanet = "head.cls_score.weight" in source and not borderdet
+    head = _BORDERDET if borderdet else _RETINANET if retinanet else (*_ATSS, *_FCOS)
+    conversion = apply_table(source, (*_SHARED, *head), "detectron2")
     for prefix in _NUMBERED:
         conversion.tensors = renumber(conversion.tensors, prefix)
     conversion.tensors = stack_scales(conversion.tensors)

@@ -248,7 +248,8 @@ def explain_hub_error(error: Exception, repo_id: str, revision: str | None = Non
         cause = error.__cause__ or error.__context__ or error
         return f"{name or repo_id} of {repo_id}{at} could not be fetched, and is not in the cache ({_one_line(cause)})"
     if isinstance(error, errors.EntryNotFoundError):
-        return f"{repo_id}{at} has no {name}"
+        ours = ": every repository of dyhead_zoo has one at its root" if name == CONFIG_FILE else ""
+        return f"{repo_id}{at} has no {name}{ours}"
     return f"{name or 'the answer'} of {repo_id}{at} could not be had ({_one_line(error)}): try again"
 
 

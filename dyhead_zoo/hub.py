@@ -31,7 +31,7 @@ from dyhead_zoo.weight_files import (
 if TYPE_CHECKING:
     from dyhead_zoo.detector import Detector
 
-CARD_FILE, RECORD_FILE = "README.md", "eval.json"
+CARD_FILE, RECORD_FILE, RESULTS_FOLDER = "README.md", "eval.json", ".eval_results"
 MAX_SHARD_SIZE = 5_000_000_000
 """Bytes of a weight file, above which it is written in shards; what transformers and timm take."""
 
@@ -42,7 +42,7 @@ _OF_THE_WEIGHTS = (
     "model-*-of-*.safetensors",
     "golden.safetensors",
     RECORD_FILE,
-    ".eval_results/*.yaml",
+    f"{RESULTS_FOLDER}/*.yaml",
 )
 """Files that new weights replace or remove, since they would say something of the old ones."""
 _FILES = (*_OF_THE_WEIGHTS, CARD_FILE, "recipe.json", "LICENSE", "NOTICE")
@@ -57,7 +57,7 @@ _NO_SOURCE: dict[str, Any] = {
 
 
 class PushError(OSError):
-    """A push that did not happen; the message says why and what to do."""
+    """A push that failed; the message says why and what to do."""
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -165,6 +165,8 @@ def _move(new: Path, folder: Path) -> None:
     for name in saved_files(folder):
         if _matches(name, _OF_THE_WEIGHTS):
             (folder / name).unlink()
+    with contextlib.suppress(OSError):  # absent, or other files are in it
+        (folder / RESULTS_FOLDER).rmdir()
     for name in sorted(saved_files(new), key=lambda name: name == CONFIG_FILE):
         (folder / name).parent.mkdir(exist_ok=True)
         (new / name).replace(folder / name)
@@ -215,7 +217,7 @@ def push_to_hub(
         Id of the commit, for ``hf-hub:org/name@<id>``.
 
     Raises:
-        PushError: if nothing was committed; the message says why.
+        PushError: if nothing was committed, or the tag could not be made; the message says which, and why.
         ValueError: for a folder together with ``eval_results``.
         FileNotFoundError: for a folder without a saved detector.
     """
@@ -278,7 +280,11 @@ def _push(
         parent_commit=head.sha,  # whoever pushed meanwhile must not be overwritten, nor mixed with
     )
     if tag is not None:
-        api.create_tag(repo_id, tag=tag, revision=commit.oid)
+        try:
+            api.create_tag(repo_id, tag=tag, revision=commit.oid)
+        except Exception as error:  # as in _explained
+            message = f"{repo_id} has the commit {commit.oid}, but the tag {tag!r} could not be made: {error}"
+            raise PushError(message) from error
     return str(commit.oid)
 
 
@@ -297,7 +303,7 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
             412: "somebody else pushed to it meanwhile: look at what changed, and push again",
         }
         what = advice.get(status or 0) or explain_hub_error(error, repo_id, revision)
-        raise PushError(f"nothing was committed to {repo_id}: {what}") from error
+        raise PushError(f"the push to {repo_id} failed: {what}") from error
 
 
 # --- pulling ----------------------------------------------------------------------------------------------------------
@@ -324,10 +330,7 @@ def fetch_repository(
         ValueError: for a repository that is not one of dyhead_zoo's.
     """
     access: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
-    try:
-        folder = hub_file(repo_id, CONFIG_FILE, revision=revision, **access).parent
-    except MissingFile as error:
-        raise MissingFile(f"{error}. Every repository of dyhead_zoo has a {CONFIG_FILE} at its root") from error
+    folder = hub_file(repo_id, CONFIG_FILE, revision=revision, **access).parent
     try:
         saved_config(folder)  # before anything large is fetched
     except ValueError as error:

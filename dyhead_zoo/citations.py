@@ -76,6 +76,14 @@ PAPERS = {
         "NeurIPS",
         2015,
     ),
+    "1612.03144": Paper(
+        "lin2017feature",
+        "Feature Pyramid Networks for Object Detection",
+        "Lin, Tsung-Yi and Doll{\\'a}r, Piotr and Girshick, Ross and He, Kaiming and Hariharan, Bharath and "
+        "Belongie, Serge",
+        "CVPR",
+        2017,
+    ),
     "1703.06870": Paper(
         "he2017mask",
         "Mask R-CNN",
@@ -112,6 +120,13 @@ PAPERS = {
         "He, Kaiming and Zhang, Xiangyu and Ren, Shaoqing and Sun, Jian",
         "CVPR",
         2016,
+    ),
+    "1611.05431": Paper(
+        "xie2017aggregated",
+        "Aggregated Residual Transformations for Deep Neural Networks",
+        "Xie, Saining and Girshick, Ross and Doll{\\'a}r, Piotr and Tu, Zhuowen and He, Kaiming",
+        "CVPR",
+        2017,
     ),
     "2103.14030": Paper(
         "liu2021swin",
@@ -150,6 +165,7 @@ PAPERS = {
 
 BACKBONES = {
     "resnet": "1512.03385",
+    "resnext": "1611.05431",
     "test_resnet": "1512.03385",
     "swin_": "2103.14030",
     "efficientnet": "1905.11946",

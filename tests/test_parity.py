@@ -30,10 +30,26 @@ CASES = {
             "coarse_offsets": "reinterpret",
         },
     ),
+    "reppoints_moment_r50": ("reppoints_resnet50.mmdet_1x_coco", {}),
+    "reppoints_moment_r50_gn": ("reppoints_resnet50.mmdet_gn_1x_coco", {}),
 }
-STAGES = {"cls_logits": "cls", "box_deltas": "reg", "box_distances": "reg", "centerness": "ctr"}
+STAGES = {
+    "cls_logits": "cls",
+    "box_deltas": "reg",
+    "box_distances": "reg",
+    "centerness": "ctr",
+    "init_points": "pts_init",
+    "points": "pts_refine",
+    "boxes": "box",
+}
 """Field of the raw output to the stored stage."""
-LOSSES = {"loss_cls": "loss_cls", "loss_box": "loss_bbox", "loss_centerness": "loss_centerness"}
+LOSSES = {
+    "loss_cls": "loss_cls",
+    "loss_box": "loss_bbox",
+    "loss_centerness": "loss_centerness",
+    "loss_init_box": "loss_pts_init",
+    "loss_refine_box": "loss_pts_refine",
+}
 """Our loss term to the stored one."""
 
 

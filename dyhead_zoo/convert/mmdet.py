@@ -89,7 +89,9 @@ _SWIN = (
 def _fpn(prefix: str) -> tuple[Rename, ...]:
     return (
         Rename(prefix + "lateral_convs.{i}.conv.{wb}", "neck.fpn.lateral.{i}.{wb}"),
+        Rename(prefix + "lateral_convs.{i}.gn.{wb}", "neck.fpn.lateral.{i}.norm.{wb}"),
         Rename(prefix + "fpn_convs.{i}.conv.{wb}", "neck.fpn.output.{i}.{wb}"),
+        Rename(prefix + "fpn_convs.{i}.gn.{wb}", "neck.fpn.output.{i}.norm.{wb}"),
     )
 
 
@@ -129,6 +131,16 @@ _FCOS = (
     Rename("bbox_head.conv_centerness.{wb}", "head.centerness.{wb}"),
 )
 
+_REPPOINTS = (
+    Rename("bbox_head.moment_transfer", "head.moment_transfer"),
+    Rename("bbox_head.reppoints_pts_init_conv.{wb}", "head.init_conv.{wb}"),
+    Rename("bbox_head.reppoints_pts_init_out.{wb}", "head.init_out.{wb}"),
+    Rename("bbox_head.reppoints_pts_refine_conv.weight", "head.refine_conv.weight"),
+    Rename("bbox_head.reppoints_pts_refine_out.{wb}", "head.refine_out.{wb}"),
+    Rename("bbox_head.reppoints_cls_conv.weight", "head.cls_conv.weight"),
+    Rename("bbox_head.reppoints_cls_out.{wb}", "head.cls_logits.{wb}"),
+)
+
 _TABLE: tuple[Rename | Drop, ...] = (
     *_NOT_WEIGHTS,
     *_RESNET,
@@ -140,19 +152,32 @@ _TABLE: tuple[Rename | Drop, ...] = (
     *_ATSS,
     *_RETINANET,
     *_FCOS,
+    *_REPPOINTS,
 )
 
 
 def _split_extra_levels(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """mmdet numbers P6, P7 on from the output convolutions; those beyond the laterals are ``neck.fpn.extra``."""
-    laterals = sum(key.startswith("neck.fpn.lateral.") and key.endswith(".weight") for key in tensors)
+    laterals = len({key.split(".")[3] for key in tensors if key.startswith("neck.fpn.lateral.")})
     prefix = "neck.fpn.output."
 
     def renamed(key: str) -> str:
         if not key.startswith(prefix):
             return key
-        level, name = key[len(prefix) :].split(".")
+        level, name = key[len(prefix) :].split(".", 1)
         return key if int(level) < laterals else f"neck.fpn.extra.{int(level) - laterals}.{name}"
+
+    return {renamed(key): tensor for key, tensor in tensors.items()}
+
+
+def _nest_normed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A convolution of the pyramid that a norm follows is the ``conv`` of a ``ConvNorm`` here."""
+    suffix = ".norm.weight"
+    normed = {key.removesuffix(suffix) for key in tensors if key.startswith("neck.fpn.") and key.endswith(suffix)}
+
+    def renamed(key: str) -> str:
+        layer, _, name = key.rpartition(".")
+        return f"{layer}.conv.{name}" if layer in normed else key
 
     return {renamed(key): tensor for key, tensor in tensors.items()}
 
@@ -168,7 +193,7 @@ def convert(state_dict: Mapping[str, Any]) -> Conversion:
     """
     conversion = apply_table(unwrap(state_dict)[0], _TABLE, "mmdet")
     tensors = renumber(conversion.tensors, "backbone.norms.")
-    conversion.tensors = stack_scales(_split_extra_levels(tensors))
+    conversion.tensors = stack_scales(_nest_normed(_split_extra_levels(tensors)))
     add_batch_counters(conversion)
     add_deform_conv_biases(conversion)
     return conversion

@@ -126,3 +126,38 @@ def fcos_assign(
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1).expand_as(fits)
     smallest, owner = area.masked_fill(~fits, torch.inf).min(1)
     return torch.where(smallest < torch.inf, owner, BACKGROUND)
+
+
+@torch.no_grad()
+def point_assign(
+    points: Tensor, per_level: Sequence[int], strides: Sequence[int], boxes: Tensor, scale: float = 4.0
+) -> Tensor:
+    """Every object is learned by one point, the nearest to its centre, on the level made for its size.
+
+    That is the coarsest level whose stride is at most ``sqrt(width * height) / scale``, or else the finest (RepPoints,
+    Yang et al., arXiv:1904.11490, section 4.2: ``floor(log2(sqrt(width * height) / 4))``). Distances are in widths and
+    heights of the object, as in mmdet's ``PointAssigner``; of several objects a point learns the one nearest by that
+    measure, so an object can go without.
+
+    Args:
+        points: (P, 2) of all levels, fine to coarse.
+        per_level, strides: number of points and stride of each level.
+        boxes: (N, 4) objects; N may be 0.
+        scale: sides of the objects for which a level is made, in its strides.
+
+    Returns:
+        (P,) int64: index of the object, or -1 for background.
+    """
+    if len(boxes) == 0 or len(points) == 0:
+        return torch.full((len(points),), BACKGROUND, dtype=torch.int64, device=points.device)
+    counts = torch.tensor(per_level, device=points.device)
+    level = torch.arange(len(counts), device=points.device).repeat_interleave(counts)
+    size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6)
+    reach = scale * torch.tensor(strides, dtype=torch.float32, device=points.device)
+    made_for = ((size.prod(1)[:, None] >= reach**2).sum(1) - 1).clamp(min=0)
+    distance = ((points[:, None] - (boxes[:, :2] + boxes[:, 2:]) / 2) / size).norm(dim=-1)  # (P, N)
+    distance = distance.masked_fill(level[:, None] != made_for, torch.inf)
+    nearest = distance.argmin(0)
+    claims = torch.arange(len(points), device=points.device)[:, None] == nearest
+    least, owner = distance.masked_fill(~claims, torch.inf).min(1)
+    return torch.where(least < torch.inf, owner, BACKGROUND)

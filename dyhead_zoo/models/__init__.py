@@ -1,5 +1,5 @@
 """Detector families, one file each; importing this package registers their names."""
 
-from dyhead_zoo.models import atss, borderdet, fcos, retinanet
+from dyhead_zoo.models import atss, borderdet, fcos, reppoints, retinanet
 
-__all__ = ["atss", "borderdet", "fcos", "retinanet"]
+__all__ = ["atss", "borderdet", "fcos", "reppoints", "retinanet"]

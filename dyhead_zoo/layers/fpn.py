@@ -96,7 +96,11 @@ class DyHeadNeck(nn.Module):
 
     channels: int
     strides: tuple[int, ...]
-    dyhead: DyHead | PaperDyHead | None = None
+    dyhead: DyHead | PaperDyHead | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dyhead = None  # of the instance: a class attribute would hide the module that a subclass puts there
 
     def levels(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Backbone levels to levels of ``channels`` channels, one for each stride."""

@@ -17,6 +17,7 @@ from dyhead_zoo.convert import (
     CheckpointError,
     Conversion,
     detectron2,
+    detr,
     listing,
     maskrcnn_benchmark,
     mmdet,
@@ -55,6 +56,7 @@ _CONVERTERS: dict[str, Callable[[Mapping[str, Tensor]], Conversion]] = {
     "detectron2": detectron2.convert,
     "torchvision": torchvision.convert,
     "maskrcnn_benchmark": maskrcnn_benchmark.convert,
+    "detr": detr.convert,
 }
 
 
@@ -77,6 +79,8 @@ def detect_source(keys: Iterable[str]) -> str:
         return "torchvision"
     if has("backbone.fpn.fpn_inner"):
         return "maskrcnn_benchmark"
+    if has("backbone.0.body."):
+        return "detr"
     if has("backbone.body.") and not has("backbone.fpn."):
         return "native"
     raise CheckpointError(
@@ -237,8 +241,8 @@ def load_checkpoint(
     Args:
         model: a detector, built for the architecture of the checkpoint.
         checkpoint: a file (see ``read_state_dict``) or a state dict.
-        source: ``native``, ``mmdet``, ``detectron2``, ``torchvision``, ``maskrcnn_benchmark``, or ``auto``: told from
-            the keys.
+        source: ``native``, ``mmdet``, ``detectron2``, ``torchvision``, ``maskrcnn_benchmark``, ``detr``, or ``auto``:
+            told from the keys.
         label_space: of the checkpoint. A record in one of our files comes first; without either, the names in mmdet's
             ``meta``, else the detector's own label space if the number of classes agrees.
         strict: whether missing and unused keys are errors. A wrong shape always is.

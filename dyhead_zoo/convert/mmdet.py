@@ -25,6 +25,7 @@ from dyhead_zoo.convert import (
     add_deform_conv_biases,
     apply_table,
     as_linear,
+    mmdet_detr,
     renumber,
     stack_scales,
     unwrap,
@@ -141,6 +142,28 @@ _REPPOINTS = (
     Rename("bbox_head.reppoints_cls_out.{wb}", "head.cls_logits.{wb}"),
 )
 
+_RPN = (
+    Rename("rpn_head.rpn_conv.{wb}", "head.rpn.tower.0.conv.{wb}"),
+    Rename("rpn_head.rpn_cls.{wb}", "head.rpn.objectness.{wb}"),
+    Rename("rpn_head.rpn_reg.{wb}", "head.rpn.deltas.{wb}"),
+)
+
+
+def _roi_head(theirs: str, ours: str) -> tuple[Rename, ...]:
+    """Box and mask head of one stage; those of Cascade R-CNN are numbered."""
+    box, mask = f"roi_head.bbox_head.{theirs}", f"roi_head.mask_head.{theirs}"
+    return (
+        Rename(box + "shared_fcs.{j}.{wb}", f"head.box.{ours}.fcs." + "{j}.{wb}"),
+        Rename(box + "fc_cls.{wb}", f"head.box.{ours}.cls_logits." + "{wb}"),
+        Rename(box + "fc_reg.{wb}", f"head.box.{ours}.box_deltas." + "{wb}"),
+        Rename(mask + "convs.{j}.conv.{wb}", f"head.mask.{ours}.convs." + "{j}.conv.{wb}"),
+        Rename(mask + "upsample.{wb}", f"head.mask.{ours}.upsample." + "{wb}"),
+        Rename(mask + "conv_logits.{wb}", f"head.mask.{ours}.logits." + "{wb}"),
+    )
+
+
+_RCNN = (*_RPN, *_roi_head("", "0"), *_roi_head("{i}.", "{i}"))
+
 _TABLE: tuple[Rename | Drop, ...] = (
     *_NOT_WEIGHTS,
     *_RESNET,
@@ -153,6 +176,8 @@ _TABLE: tuple[Rename | Drop, ...] = (
     *_RETINANET,
     *_FCOS,
     *_REPPOINTS,
+    *_RCNN,
+    *mmdet_detr.TABLE,
 )
 
 
@@ -194,6 +219,7 @@ def convert(state_dict: Mapping[str, Any]) -> Conversion:
     conversion = apply_table(unwrap(state_dict)[0], _TABLE, "mmdet")
     tensors = renumber(conversion.tensors, "backbone.norms.")
     conversion.tensors = stack_scales(_nest_normed(_split_extra_levels(tensors)))
+    mmdet_detr.finish(conversion)
     add_batch_counters(conversion)
     add_deform_conv_biases(conversion)
     return conversion

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, nms
+from torchvision.ops import batched_nms, box_convert, nms
 
 from dyhead_zoo.ops.boxes import clip_to_image
 from dyhead_zoo.structures import DetectionTensors
@@ -111,6 +111,34 @@ def select_detections(
         kept = _class_wise_nms(clipped, scores[image], labels[image], usable, nms_threshold)
         results.append(_best(clipped, scores[image], labels[image], kept, max_detections))
     return DetectionTensors(*(torch.stack(field) for field in zip(*results, strict=True)))
+
+
+def query_detections(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    image_sizes: Tensor,
+    *,
+    score_threshold: float,
+    max_detections: int,
+) -> DetectionTensors:
+    """The best answers of set prediction, without NMS.
+
+    Args:
+        boxes: (B, K, 4), (cx, cy, w, h) in units of each picture. scores, labels: (B, K).
+        image_sizes: (B, 2), (height, width) of the pictures.
+        score_threshold: answers below it are left out.
+    """
+    best, row = scores.topk(min(max_detections, scores.shape[1]), dim=1)
+    scale = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
+    corners = box_convert(take_rows(boxes, row), "cxcywh", "xyxy") * scale
+    kept = best >= score_threshold
+    return DetectionTensors(
+        torch.minimum(corners.clamp(min=0), scale) * kept[..., None],
+        best * kept,
+        labels.gather(1, row) * kept,
+        kept.sum(1),
+    )
 
 
 def _logit(p: float) -> float:

@@ -368,9 +368,20 @@ def _add_setting(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 
 
 def _add_benchmark(verbs: Any) -> argparse.ArgumentParser:
-    verb = verbs.add_parser("benchmark", help="measure the deformable convolution on this machine")
-    verb.add_argument("what", choices=("op",), help="op: the deformable convolution against a dense one")
+    verb = verbs.add_parser(
+        "benchmark",
+        help="measure what things cost on this machine",
+        description="op: the deformable convolution; head: six DyHead blocks, inference; train: the same, forward and "
+        "backward; each against dense convolutions and torchvision's operator. detector: a whole detector, its parts "
+        "and a training step. photo: the stages from a JPEG to boxes.",
+    )
+    verb.add_argument("what", choices=("op", "head", "train", "detector", "photo"))
+    verb.add_argument(
+        "name", nargs="?", metavar="NAME", help="of detector and photo; default: atss_resnet50_dyhead6, the bundled one"
+    )
     verb.add_argument("--reps", type=positive_int, default=7, metavar="N", help="rounds; default: %(default)s")
+    verb.add_argument("--threads", type=positive_int, default=1, metavar="N", help="of PyTorch; default: %(default)s")
+    verb.add_argument("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="of the maps (op) or images")
     verb.add_argument("--csv", type=Path, metavar="FILE", help="also write the figures there")
     verb.set_defaults(run=run_benchmark)
     return verb
@@ -378,9 +389,10 @@ def _add_benchmark(verbs: Any) -> argparse.ArgumentParser:
 
 def run_benchmark(args: argparse.Namespace) -> int:
     """Measure and print a table."""
-    from dyhead_zoo.engine.benchmark import benchmark_op
+    from dyhead_zoo.engine import benchmark, benchmark_cases
 
-    benchmark_op(args.reps, args.csv)
+    cases = benchmark_cases.cases(args.what, args.name, size=tuple(args.size) if args.size else None)
+    benchmark.run_benchmark(cases, args.reps, args.csv, threads=args.threads)
     return 0
 
 

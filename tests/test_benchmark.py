@@ -1,37 +1,142 @@
+"""Benchmarks: the figures belong together, and every case does what it says (nothing here depends on the clock)."""
+
 from __future__ import annotations
 
 import csv
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from dyhead_zoo.engine.benchmark import benchmark_op
+from dyhead_zoo import create_detector
+from dyhead_zoo.engine import benchmark, benchmark_cases
+from dyhead_zoo.engine.benchmark import Case, run_benchmark
+from dyhead_zoo.layers import dyhead_inference
+
+IMAGE = (256, 128)
 
 
 def test_rows_table_and_csv_tell_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
-    rows = benchmark_op(3, tmp_path / "op.csv", sizes=((5, 6), (3, 4)), channels=4)
+    work = {name: lambda: torch.zeros(100).sum() for name in "abc"}
+    cases = [Case("one", work, (("a", "b"), ("c", "a"))), Case("two", work, (("b", "c"),))]
+    rows = run_benchmark(cases, 3, tmp_path / "new" / "op.csv")
     assert torch.get_num_threads() == threads
-    assert {(row.size, row.direction, row.subject, row.baseline) for row in rows} == {
-        (size, direction, *pair)
-        for size in ("5x6x4", "3x4x4")
-        for direction in ("forward", "forward+backward")
-        for pair in (("bag", "dense"), ("torchvision", "bag"))
-    }
+    assert [(r.case, r.subject, r.baseline) for r in rows] == [("one", "a", "b"), ("one", "c", "a"), ("two", "b", "c")]
     assert all(0 < row.lower <= row.ratio <= row.upper for row in rows)
 
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(rows)
-    assert all(row.size in line and f"{row.ratio:.2f}" in line for row, line in zip(rows, lines[1:], strict=True))
+    assert all(row.case in line and f"{row.ratio:.2f}" in line for row, line in zip(rows, lines[1:], strict=True))
 
-    with (tmp_path / "op.csv").open() as file:
+    with (tmp_path / "new" / "op.csv").open() as file:
         records = list(csv.DictReader(file))
     assert [float(record["ratio"]) for record in records] == [row.ratio for row in rows]
     assert {record["torch"] for record in records} == {torch.__version__}
     assert all(record["machine"] and record["threads"] == "1" for record in records)
 
 
+def test_the_ratio_is_that_of_the_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(benchmark.time, "process_time", lambda: now[0])
+    takes = {"a": iter([9.0, 2.0, 4.0, 6.0]), "b": iter([1.0, 1.0, 1.0, 2.0])}
+
+    def contestant(name: str) -> Any:
+        def work() -> None:
+            now[0] += next(takes[name])
+
+        return work
+
+    (row,) = run_benchmark([Case("x", {name: contestant(name) for name in takes}, (("a", "b"),))], 3)
+    assert (row.lower, row.ratio, row.upper) == (2.5, 3.0, 3.5)
+    assert (row.subject_ms, row.baseline_ms, row.reps) == (4000, 1000, 3)
+
+
 def test_one_turn_has_no_quartiles() -> None:
     with pytest.raises(ValueError, match="reps must be at least 2, got 1"):
-        benchmark_op(1)
+        run_benchmark([], 1)
+
+
+def test_unknown_benchmarks_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown benchmark 'ops': choose op, head"):
+        benchmark_cases.cases("ops")
+
+
+def outputs(case: Case) -> dict[str, Any]:
+    """What each contestant gives; every name in a pair is a contestant."""
+    assert {name for pair in case.pairs for name in pair} <= set(case.contestants)
+    return {name: contestant() for name, contestant in case.contestants.items()}
+
+
+def assert_close(a: Tensor, b: Tensor, tolerance: float) -> None:
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def test_operators_do_the_same_work() -> None:
+    cases = list(benchmark_cases.op_cases([(9, 6)], channels=4))
+    assert [case.name for case in cases] == [
+        f"9x6x4 stride {stride} {way}" for stride in (1, 2) for way in ("forward", "forward+backward")
+    ]
+    for case in cases:
+        given = outputs(case)
+        if isinstance(given["bag"], Tensor):
+            assert given["dense"].shape == given["bag"].shape
+            assert_close(given["bag"], given["torchvision"], 1e-5)
+            assert_close(given["bag bf16"].float(), given["torchvision"], 0.02)
+            for runtime in given.keys() & {"onnxruntime", "openvino"}:
+                assert_close(torch.as_tensor(given[runtime][0]), given["torchvision"], 1e-5)
+        else:
+            for ours, theirs in zip(given["bag"], given["torchvision"], strict=True):
+                assert_close(ours, theirs, 1e-5)
+
+
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime")), reason="needs onnxruntime"
+)
+def test_other_runtimes_take_part_where_installed() -> None:
+    case = next(benchmark_cases.op_cases([(9, 6)], channels=4))
+    assert ("bag", "onnxruntime") in case.pairs
+
+
+def test_heads_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    fused = dyhead_inference.forward
+    monkeypatch.setattr(dyhead_inference, "forward", lambda *args: calls.append(1) or fused(*args))
+    (case,) = benchmark_cases.head_cases([IMAGE], [2], blocks=1, channels=16)
+    given = outputs(case)
+    assert len(calls) == 2  # "fused" and "fused bf16" only
+    for level in range(5):
+        for name in ("fused", "torchvision op"):
+            assert_close(given[name][level], given["modules"][level], 1e-4)
+
+
+def test_training_steps_leave_no_gradients_behind() -> None:
+    (case,) = benchmark_cases.train_cases([IMAGE], blocks=1, channels=16, reference=True)
+    outputs(case)
+    assert len(case.pairs) == 3
+
+
+def test_detector_cases() -> None:
+    detector = create_detector("atss_lite0_dyhead2")
+    inference, *parts, training = benchmark_cases.detector_cases(detector, IMAGE)
+    found = outputs(inference)
+    for ours, theirs in zip(found["ours"], found["torchvision op"], strict=True):
+        torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-4, rtol=1e-3)
+    for case in (*parts, training):
+        outputs(case)
+    assert {subject for subject, _ in parts[0].pairs} == {"normalise", "backbone", "FPN", "DyHead", "head", "decode"}
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in detector.modules())  # the original is untouched
+
+
+def test_photo_cases(tmp_path: Path) -> None:
+    from PIL import Image
+
+    photo = tmp_path / "photo.jpg"
+    Image.new("RGB", (90, 70), "red").save(photo)
+    (case,) = benchmark_cases.photo_cases(create_detector("atss_lite0_dyhead2"), photo)
+    outputs(case)
+    assert ("read", "predict") in case.pairs and ("DyHead", "predict") in case.pairs

@@ -27,7 +27,7 @@ from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.weights import read_state_dict
 
 VERBS = ("list", "info", "predict", "eval", "train", "benchmark", "push", "pull", "verify")
-TINY = "test_atss_dyhead1"
+TINY = "test_atss"
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_list_shows_names_status_and_tags(capsys: pytest.CaptureFixture[str]) ->
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert rows["atss_resnet50_dyhead6"][:2] == ["url", "mmdet_1x_coco,"]
     assert rows[TINY] == ["none"] and DEFAULT_DETECTOR in rows
-    assert cli.main(["list", "*resnet50*", "--pretrained", "--exclude", "*caffe*", "--exclude", "*official*"]) == 0
+    assert cli.main(["list", "atss_resnet50*", "--pretrained", "--exclude", "*caffe*", "--exclude", "*official*"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["atss_resnet50.mmdet_1x_coco", "atss_resnet50_dyhead6.mmdet_1x_coco"]
     assert "'yolo*'" in failure(capsys, "list", "yolo*")
@@ -160,7 +160,7 @@ def test_info_shows_size_and_labels(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(rows["parameters"].split()[0]) == pytest.approx(count_parameters(detector) / 1e6, abs=0.01)
     assert rows["classes"].split()[0] == "80" and "person" in rows["classes"]
     assert rows["weights"].startswith("none") and not {"reported", "measured"} & rows.keys()
-    assert "Did you mean atss_" in failure(capsys, "info", "ats_resnet50_dyhead6")
+    assert "Did you mean" in failure(capsys, "info", "ats_resnet50_dyhead6")
 
 
 def test_info_says_whose_a_figure_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,10 +245,12 @@ def test_foreign_checkpoints_may_carry_records_of_their_own(
 def test_predict_names_what_is_wrong(folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "gone.png does not exist" in failure(capsys, "predict", folder / "gone.png")
     assert "no published weights" in failure(capsys, "predict", folder, "--detector", TINY)
-    assert "Did you mean atss_" in failure(capsys, "predict", folder, "--detector", "ats_resnet50")
+    assert "Did you mean" in failure(capsys, "predict", folder, "--detector", "ats_resnet50")
     assert "no weight file at nothing.pth" in failure(capsys, "predict", folder, "--checkpoint", "nothing.pth")
     assert "device 'toaster'" in failure(capsys, "predict", folder, "--device", "toaster")
-    assert "does not fit" in failure(capsys, "predict", folder, "--checkpoint", weights, "--detector", "test_atss")
+    assert "does not fit" in failure(
+        capsys, "predict", folder, "--checkpoint", weights, "--detector", "test_atss_dyhead1"
+    )
 
 
 def test_debug_shows_the_traceback(folder: Path) -> None:
@@ -325,9 +327,9 @@ def test_benchmark_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from dyhead_zoo.engine import benchmark
 
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(benchmark, "benchmark_op", lambda *args: calls.append(args))
-    assert cli.main(["benchmark", "op", "--reps", "3", "--csv", "x.csv"]) == 0
-    assert calls == [(3, Path("x.csv"))]
+    monkeypatch.setattr(benchmark, "run_benchmark", lambda *args, **more: calls.append((*args[1:], more)))
+    assert cli.main(["benchmark", "op", "--reps", "3", "--csv", "x.csv", "--threads", "2"]) == 0
+    assert calls == [(3, Path("x.csv"), {"threads": 2})]
 
 
 # -- README ------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dyhead_zoo.layers import dyhead_inference
 from dyhead_zoo.ops import modulated_deform_conv2d
+from dyhead_zoo.ops.deform_conv import Backend
 
 CoarseOffsets = Literal["reinterpret", "aligned"]
 Field = tuple[Tensor, Tensor]  # offsets and masks of a level
@@ -110,18 +111,23 @@ class DeformConv3x3(nn.Module):
 
     Shapes: x (B, C, H, W), offset (B, 18, h, w) in (dy, dx) pairs, mask (B, 9, h, w) -> (B, C_out, h, w), where
     (h, w) is the size of a dense 3x3 convolution with this stride and padding 1.
+
+    ``backend`` is that of ``modulated_deform_conv2d``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
         self.stride = stride
+        self.backend: Backend = "auto"
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         bound = 1 / math.sqrt(9 * in_channels)
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        return modulated_deform_conv2d(x, offset, mask, self.weight, self.bias, stride=self.stride, padding=1)
+        return modulated_deform_conv2d(
+            x, offset, mask, self.weight, self.bias, stride=self.stride, padding=1, backend=self.backend
+        )
 
 
 class SpatialAttention(nn.Module):
@@ -236,6 +242,17 @@ class DyHeadBlock(nn.Module):
         )
         self.scale = ScaleAttention(out_channels) if scale else None
         self.task = TaskAttention(out_channels) if task else nn.ReLU()
+
+    @property
+    def is_standard(self) -> bool:
+        """In evaluation mode, deformable by its own parts with backend 'auto', and without hooks on them."""
+        spatial = self.spatial
+        convs = (spatial.conv_high, spatial.conv_mid, spatial.conv_low)
+        return (
+            not self.training
+            and all(type(conv) is DeformConv3x3 and conv.backend == "auto" for conv in convs)
+            and not any(part._forward_hooks or part._forward_pre_hooks for part in self.modules())
+        )
 
     def forward(self, features: list[Tensor], trace: Trace | None = None) -> list[Tensor]:
         """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse; appends its attentions to ``trace``."""

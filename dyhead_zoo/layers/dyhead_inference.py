@@ -88,31 +88,22 @@ class _Branch(NamedTuple):
 
 
 def applies(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> bool:
-    """Whether ``forward`` can stand in for the blocks: they are in evaluation mode, on a CPU, without gradients.
+    """Whether ``forward`` can stand in for the blocks: without gradients, on a CPU, for ``is_standard`` blocks.
 
-    Not while compiling, exporting or tracing, nor where hooks wait for what the parts give, nor for blocks whose
-    convolutions are not deformable, nor for a pyramid whose sides do not halve from level to level.
+    Not while compiling, exporting or tracing, nor for a pyramid whose sides do not halve from level to level.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if any(block.training or block.spatial.offset is None for block in blocks):
-        return False
-    first = features[0]
-    if any(x.device.type != "cpu" or x.dtype not in _DTYPES or x.dtype != first.dtype for x in features):
+    dtype = features[0].dtype
+    if dtype not in _DTYPES or any(x.device.type != "cpu" or x.dtype != dtype for x in features):
         return False
     pyramid = _pyramid_of(features)
     halving = all(
-        (height + 1) // 2 == coarse[0] and (width + 1) // 2 == coarse[1]
+        ((height + 1) // 2, (width + 1) // 2) == coarse
         for (height, width), coarse in zip(pyramid.sizes, pyramid.sizes[1:], strict=False)
     )
-    rows = pyramid.start(len(features))
-    if not halving or not rows or rows * 36 >= INT32_LIMIT:
-        return False
-    return not any(_has_hooks(part) for block in blocks for part in block.modules())
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    samples = pyramid.start(len(features)) * 9 * 4
+    return halving and 0 < samples < INT32_LIMIT and all(block.is_standard for block in blocks)
 
 
 def _pyramid_of(features: Sequence[Tensor]) -> _Pyramid:

@@ -1,0 +1,70 @@
+"""Folding BatchNorm changes the modules, not what they compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dyhead_zoo.layers.backbone import Backbone
+from dyhead_zoo.layers.fusion import fuse_batch_norms
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """Statistics and weights of norms as if it had been trained."""
+    generator = torch.Generator().manual_seed(0)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for tensor, centre in (
+                (part.running_mean, 0.0),
+                (part.running_var, 1.0),
+                (part.weight, 1.0),
+                (part.bias, 0.0),
+            ):
+                tensor.data = centre + torch.rand(tensor.shape, generator=generator) * 0.2
+    return module.eval()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "mobilenetv3_small_050", "regnetx_002"])
+def test_backbones_give_the_same(name: str) -> None:
+    backbone = shaken(Backbone(name)).double()
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        before = backbone(images)
+        count = fuse_batch_norms(backbone, torch.zeros_like(images))
+        after = backbone(images)
+    assert count > 10
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in backbone.modules())
+    for a, b in zip(after, before, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+class _Odd(nn.Module):
+    """A convolution whose output two norms read, a convolution used twice, and a norm of something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.twice, self.single = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norms
+        y = self.shared(x)
+        y = n[0](y) + n[1](y)
+        y = n[2](self.twice(y)) + n[3](self.twice(2 * y))
+        return n[4](self.single(y)) + n[5](x)
+
+
+def test_what_cannot_be_folded_is_left_alone() -> None:
+    odd = shaken(_Odd())
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = odd(x)
+        assert fuse_batch_norms(odd, x) == 1
+        torch.testing.assert_close(odd(x), before, atol=1e-5, rtol=1e-5)
+    assert isinstance(odd.norms[4], nn.Identity)
+
+
+def test_norms_in_training_mode_are_left_alone() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).train()
+    assert fuse_batch_norms(module, torch.randn(2, 3, 4, 4)) == 0

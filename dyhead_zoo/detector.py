@@ -151,7 +151,7 @@ class Detector(nn.Module):
 
         Args:
             raw: from ``forward``.
-            targets: one per image, boxes in pixels of the images given to ``forward``; may be without objects.
+            targets: one per image, boxes and masks in pixels of the images given to ``forward``; may have no objects.
 
         Raises:
             ValueError: for targets that do not fit the images or the label space.
@@ -175,6 +175,16 @@ class Detector(nn.Module):
                 )
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
                 raise ValueError(f"target {i}: labels {labels.min()}..{labels.max()}, expected 0..{classes - 1}")
+            if "masks" in target:
+                self._check_masks(i, target["masks"], (len(boxes), *raw.image_sizes[i].tolist()))
+
+    @staticmethod
+    def _check_masks(number: int, masks: Tensor, shape: tuple[int, ...]) -> None:
+        if masks.shape != shape or masks.dtype not in (torch.bool, torch.uint8):
+            raise ValueError(
+                f"target {number}: masks {tuple(masks.shape)} of {masks.dtype}, expected {shape} of torch.bool: one "
+                f"for each box, of the height and width of the picture without padding"
+            )
 
     def decode_tensors(self, raw: RawOutput) -> DetectionTensors:
         """Detections in fixed-size tensors, in pixels of the images given to ``forward``."""
@@ -183,8 +193,10 @@ class Detector(nn.Module):
     def decode(self, raw: RawOutput) -> list[Detections]:
         """Detections of each image, best first, in pixels of the images given to ``forward``."""
         out = self.decode_tensors(raw)
+        masks = [None] * len(out.boxes) if out.masks is None else out.masks
         return [
-            Detections(out.boxes[i, :n], out.scores[i, :n], out.labels[i, :n]) for i, n in enumerate(out.count.tolist())
+            Detections(out.boxes[i, :n], out.scores[i, :n], out.labels[i, :n], m if m is None else m[:n])
+            for i, (n, m) in enumerate(zip(out.count.tolist(), masks, strict=True))
         ]
 
     @torch.inference_mode()
@@ -208,9 +220,8 @@ class Detector(nn.Module):
                 sizes = batch.image_sizes.to(self.device)
                 found = self.decode(self(batch.images.to(self.device), sizes))
                 for k, (index, detections) in enumerate(zip(indices, found, strict=True)):
-                    detections = Detections(detections.boxes.cpu(), detections.scores.cpu(), detections.labels.cpu())
                     source, target = (tuple(s[k].tolist()) for s in (batch.image_sizes, batch.original_sizes))
-                    results[index] = detections.above(score_threshold).rescale(source, target)
+                    results[index] = detections.cpu().above(score_threshold).rescale(source, target)
         return results
 
 

@@ -1,13 +1,28 @@
-"""Between an assignment and the losses: which cells take part, and what their objects are."""
+"""From objects to losses: which places learn which object, which cells take part, and what their objects are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dyhead_zoo.structures import Target
+
+
+class Assignment(NamedTuple):
+    """Which anchors or points learn which object, as the ``assign`` of one-stage heads says.
+
+    Attributes:
+        places: of each level, fine to coarse, in pixels of the canvas: anchors (P_l, 4) xyxy, or points (P_l, 2), x
+            first.
+        owner: (B, P) over the places of all levels: index of the object in its picture, ``BACKGROUND``, or ``IGNORED``
+            where a place takes no part in the loss.
+    """
+
+    places: list[Tensor]
+    owner: Tensor
 
 
 def cells_inside(x: Tensor, stride: int, image_size: Sequence[int], divisor: int) -> Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from dyhead_zoo.detector import Detector
 from dyhead_zoo.factory import build_detector
 from dyhead_zoo.layers.anchors import AnchorGenerator, DeltaCoder
-from dyhead_zoo.layers.assigners import atss_assign
+from dyhead_zoo.layers.assigners import IGNORED, atss_assign
 from dyhead_zoo.layers.losses import giou_loss, mean_over_ranks, sigmoid_focal_loss
 from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
-from dyhead_zoo.layers.targets import cells_inside, matched_objects
+from dyhead_zoo.layers.targets import Assignment, cells_inside, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
 from dyhead_zoo.ops.boxes import centerness
 from dyhead_zoo.pretrained import COCO_SUBSET, PretrainedCfg, bundled_record
@@ -110,26 +110,20 @@ class ATSSHead(nn.Module):
             quality.append(self.centerness(box))
         return ATSSOutput(tuple(cls_logits), tuple(box_deltas), tuple(quality), image_sizes, canvas)
 
-    def targets(self, raw: ATSSOutput, targets: list[Target]) -> tuple[Tensor, Tensor, Tensor]:
-        """What each anchor learns.
-
-        Returns:
-            anchors (A, 4); the object of each anchor (B, A), -1 for background; validity (B, A): an anchor beyond a
-            picture's own padded size is neither a positive nor a negative.
-        """
+    def assign(self, raw: ATSSOutput, targets: list[Target]) -> Assignment:
+        """Which object each anchor learns; those beyond a picture's own padded size are ignored."""
         per_level = self.anchors(raw.cls_logits)
         anchors = torch.cat(per_level)
-        owners, valid = [], []
+        owners = []
         for size, target in zip(raw.image_sizes.tolist(), targets, strict=True):
             inside = torch.cat(
                 [cells_inside(x, s, size, self.pad_divisor) for x, s in zip(raw.cls_logits, self.strides, strict=True)]
             )
             counts = [int(part.sum()) for part in inside.split([len(level) for level in per_level])]
-            owner = torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
+            owner = torch.full((len(anchors),), IGNORED, dtype=torch.int64, device=anchors.device)
             owner[inside] = atss_assign(anchors[inside], counts, target["boxes"].to(anchors))
             owners.append(owner)
-            valid.append(inside)
-        return anchors, torch.stack(owners), torch.stack(valid)
+        return Assignment(per_level, torch.stack(owners))
 
     def loss(self, raw: ATSSOutput, targets: list[Target]) -> dict[str, Tensor]:
         """Focal loss on classes, centerness-weighted GIoU (x 2) on boxes, cross entropy on centerness.
@@ -138,7 +132,7 @@ class ATSSHead(nn.Module):
         the sum of the centerness targets, both as means over the processes.
         """
         with torch.autocast(raw.image_sizes.device.type, enabled=False):
-            anchors, owner, valid = self.targets(raw, targets)
+            places, owner = self.assign(raw, targets)
             logits = torch.cat([by_place(x, self.num_classes) for x in raw.cls_logits], dim=1).float()
             deltas = torch.cat([by_place(x, 4) for x in raw.box_deltas], dim=1).float()
             quality = torch.cat([by_place(x, 1) for x in raw.centerness], dim=1).float().squeeze(-1)
@@ -148,8 +142,8 @@ class ATSSHead(nn.Module):
             num_positive = mean_over_ranks(positive.sum(1).clamp(min=1).sum().float())
             wanted = torch.zeros_like(logits)
             wanted[image, place, labels] = 1
-            loss_cls = (sigmoid_focal_loss(logits, wanted) * valid[..., None]).sum() / num_positive
-            anchor = anchors[place]
+            loss_cls = (sigmoid_focal_loss(logits, wanted) * (owner != IGNORED)[..., None]).sum() / num_positive
+            anchor = torch.cat(places)[place]
             goal = centerness((anchor[:, :2] + anchor[:, 2:]) / 2, boxes)
             total_goal = mean_over_ranks(goal.sum()).clamp(min=1)
             predicted = self.coder.decode(deltas[positive], anchor)

@@ -21,7 +21,7 @@ from dyhead_zoo.layers.anchors import grid_points
 from dyhead_zoo.layers.assigners import fcos_assign
 from dyhead_zoo.layers.losses import giou_loss, iou_loss, mean_over_ranks, sigmoid_focal_loss
 from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
-from dyhead_zoo.layers.targets import matched_objects
+from dyhead_zoo.layers.targets import Assignment, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
 from dyhead_zoo.ops.boxes import boxes_from_distances, centerness
 from dyhead_zoo.pretrained import PretrainedCfg
@@ -144,12 +144,12 @@ class FCOSHead(nn.Module):
             points.append(grid_points(size, steps, self.point_offset, x))
         return points
 
-    def targets(self, raw: FCOSOutput, targets: list[Target]) -> tuple[Tensor, Tensor]:
-        """What each point learns: points (P, 2) of all levels, and the object of each (B, P), -1 for background."""
+    def assign(self, raw: FCOSOutput, targets: list[Target]) -> Assignment:
+        """Which object each point learns."""
         per_level = self.points(raw)
         points, counts = torch.cat(per_level), [len(level) for level in per_level]
         owners = [fcos_assign(points, counts, self.strides, t["boxes"].to(points), self.centre_radius) for t in targets]
-        return points, torch.stack(owners)
+        return Assignment(per_level, torch.stack(owners))
 
     def loss(self, raw: FCOSOutput, targets: list[Target]) -> dict[str, Tensor]:
         """Focal loss on classes, IoU or GIoU on boxes weighted by centerness, cross entropy on centerness.
@@ -158,7 +158,8 @@ class FCOSHead(nn.Module):
         both as means over the processes.
         """
         with torch.autocast(raw.image_sizes.device.type, enabled=False):
-            points, owner = self.targets(raw, targets)
+            places, owner = self.assign(raw, targets)
+            points = torch.cat(places)
             logits = torch.cat([by_place(x, self.num_classes) for x in raw.cls_logits], dim=1).float()
             distances = torch.cat([by_place(x, 4) for x in raw.box_distances], dim=1)
             quality = torch.cat([by_place(x, 1) for x in raw.centerness], dim=1).float().squeeze(-1)

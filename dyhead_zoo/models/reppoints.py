@@ -19,7 +19,7 @@ from dyhead_zoo.layers.anchors import grid_points
 from dyhead_zoo.layers.assigners import BACKGROUND, IGNORED, max_iou_assign, point_assign
 from dyhead_zoo.layers.losses import mean_over_ranks, sigmoid_focal_loss
 from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
-from dyhead_zoo.layers.targets import cells_inside, matched_objects
+from dyhead_zoo.layers.targets import Assignment, cells_inside, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
 from dyhead_zoo.ops import modulated_deform_conv2d
 from dyhead_zoo.pretrained import PretrainedCfg
@@ -181,24 +181,38 @@ class RepPointsHead(nn.Module):
         levels = zip(boxes, self.strides, self.corners(raw), strict=True)
         return [by_place(x, 4) * stride + corner.repeat(1, 2) for x, stride, corner in levels]
 
+    def assign(self, raw: RepPointsOutput, targets: list[Target]) -> Assignment:
+        """Which object each cell's first box learns; that of its class and second box depends on the first one."""
+        corners = self.corners(raw)
+        points, sizes = torch.cat(corners), [len(level) for level in corners]
+        owners = []
+        for size, target in zip(raw.image_sizes.tolist(), targets, strict=True):
+            inside = self._inside(raw, size)
+            counts = [int(part.sum()) for part in inside.split(sizes)]
+            owner = torch.full((len(points),), BACKGROUND, dtype=torch.int64, device=points.device)
+            owner[inside] = point_assign(points[inside], counts, self.strides, target["boxes"].to(points), BOX_SCALE)
+            owners.append(owner)
+        return Assignment(corners, torch.stack(owners))
+
+    def _inside(self, raw: RepPointsOutput, size: list[int]) -> Tensor:
+        """Cells of all levels (P,) that a picture of (height, width) ``size`` reaches."""
+        levels = zip(raw.cls_logits, self.strides, strict=True)
+        return torch.cat([cells_inside(x, stride, size, self.pad_divisor) for x, stride in levels])
+
     def targets(self, raw: RepPointsOutput, targets: list[Target]) -> tuple[Tensor, Tensor]:
-        """What each cell learns (section 4.2).
+        """What each cell learns (section 4).
 
         Returns:
             The object of its first box, the nearest to one object (B, P), ``BACKGROUND`` for most; and the object of
             its class and second box, by the overlap of the first one (B, P), ``BACKGROUND`` or ``IGNORED``. Cells
             beyond a picture's own padded size learn nothing.
         """
-        corners, init_boxes = self.corners(raw), torch.cat(self.pixel_boxes(raw, raw.init_boxes), dim=1).detach()
-        points, sizes = torch.cat(corners), [len(level) for level in corners]
-        init_owner = torch.full(init_boxes.shape[:2], BACKGROUND, dtype=torch.int64, device=points.device)
+        init_boxes = torch.cat(self.pixel_boxes(raw, raw.init_boxes), dim=1).detach()
+        init_owner = self.assign(raw, targets).owner
         owner = torch.full_like(init_owner, IGNORED)
         for i, (size, target) in enumerate(zip(raw.image_sizes.tolist(), targets, strict=True)):
-            cells = [cells_inside(x, s, size, self.pad_divisor) for x, s in zip(raw.boxes, self.strides, strict=True)]
-            inside, objects = torch.cat(cells), target["boxes"].to(points)
-            counts = [int(part.sum()) for part in inside.split(sizes)]
-            init_owner[i, inside] = point_assign(points[inside], counts, self.strides, objects, BOX_SCALE)
-            owner[i, inside] = max_iou_assign(init_boxes[i, inside], objects, positive=0.5, negative=0.4)
+            inside, boxes = self._inside(raw, size), init_boxes[i]
+            owner[i, inside] = max_iou_assign(boxes[inside], target["boxes"].to(boxes), positive=0.5, negative=0.4)
         return init_owner, owner
 
     def loss(self, raw: RepPointsOutput, targets: list[Target]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from dyhead_zoo.layers.anchors import AnchorGenerator, DeltaCoder
 from dyhead_zoo.layers.assigners import IGNORED, max_iou_assign
 from dyhead_zoo.layers.losses import giou_loss, mean_over_ranks, sigmoid_focal_loss
 from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
-from dyhead_zoo.layers.targets import cells_inside, matched_objects
+from dyhead_zoo.layers.targets import Assignment, cells_inside, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.registry import register_detector, register_family
@@ -132,9 +132,10 @@ class RetinaNetHead(nn.Module):
         box_deltas = tuple(self.box_deltas(self.box_tower(x)) for x in features)
         return RetinaNetOutput(cls_logits, box_deltas, image_sizes, canvas)
 
-    def targets(self, raw: RetinaNetOutput, targets: list[Target]) -> tuple[Tensor, Tensor]:
-        """What each anchor learns: anchors (A, 4), and the object of each (B, A), ``BACKGROUND`` or ``IGNORED``."""
-        anchors = torch.cat(self.anchors(raw.cls_logits, raw.canvas))
+    def assign(self, raw: RetinaNetOutput, targets: list[Target]) -> Assignment:
+        """Which object each anchor learns; ignored are those that overlap one a little, see ``max_iou_assign``."""
+        per_level = self.anchors(raw.cls_logits, raw.canvas)
+        anchors = torch.cat(per_level)
         owners = []
         for size, target in zip(raw.image_sizes.tolist(), targets, strict=True):
             reach = raw.canvas if self.train_padding else size
@@ -151,7 +152,7 @@ class RetinaNetHead(nn.Module):
                 low_quality=self.low_quality,
             )
             owners.append(owner)
-        return anchors, torch.stack(owners)
+        return Assignment(per_level, torch.stack(owners))
 
     def divisors(self, positives: Tensor) -> Tensor:
         """What the losses of each picture are divided by: (B,), from its number of positive anchors (B,).
@@ -171,7 +172,8 @@ class RetinaNetHead(nn.Module):
     def loss(self, raw: RetinaNetOutput, targets: list[Target]) -> dict[str, Tensor]:
         """Focal loss on the classes of all anchors but the ignored, L1 or GIoU on the boxes of the positive ones."""
         with torch.autocast(raw.image_sizes.device.type, enabled=False):
-            anchors, owner = self.targets(raw, targets)
+            places, owner = self.assign(raw, targets)
+            anchors = torch.cat(places)
             logits = torch.cat([by_place(x, self.num_classes) for x in raw.cls_logits], dim=1).float()
             deltas = torch.cat([by_place(x, 4) for x in raw.box_deltas], dim=1).float()
             positive = owner >= 0

@@ -150,6 +150,29 @@ _BORDERDET = (
     Rename("head.border_bbox_pred.{wb}", "head.border_deltas.{wb}"),
 )
 
+_RPN = (
+    Drop("proposal_generator.anchor_generator.cell_anchors.{i}", "follows from the anchor settings"),
+    Rename("proposal_generator.rpn_head.conv.{wb}", "head.rpn.tower.0.conv.{wb}"),
+    Rename("proposal_generator.rpn_head.objectness_logits.{wb}", "head.rpn.objectness.{wb}"),
+    Rename("proposal_generator.rpn_head.anchor_deltas.{wb}", "head.rpn.deltas.{wb}"),
+    Rename("roi_heads.mask_head.mask_fcn{i}.{wb}", "head.mask.0.convs.{previous}.conv.{wb}"),
+    Rename("roi_heads.mask_head.deconv.{wb}", "head.mask.0.upsample.{wb}"),
+    Rename("roi_heads.mask_head.predictor.{wb}", "head.mask.0.logits.{wb}"),
+)
+
+
+def _box_head(theirs: str, ours: str) -> tuple[Rename, ...]:
+    """Box head of one stage; those of Cascade R-CNN are numbered."""
+    return (
+        Rename(f"roi_heads.box_head{theirs}.fc1." + "{wb}", f"head.box.{ours}.fcs.0." + "{wb}"),
+        Rename(f"roi_heads.box_head{theirs}.fc2." + "{wb}", f"head.box.{ours}.fcs.1." + "{wb}"),
+        Rename(f"roi_heads.box_predictor{theirs}.cls_score." + "{wb}", f"head.box.{ours}.cls_logits." + "{wb}"),
+        Rename(f"roi_heads.box_predictor{theirs}.bbox_pred." + "{wb}", f"head.box.{ours}.box_deltas." + "{wb}"),
+    )
+
+
+_RCNN = (*_RPN, *_box_head("", "0"), *_box_head(".{i}", "{i}"))
+
 _SHARED: tuple[Rename | Drop, ...] = (
     *_NOT_WEIGHTS,
     *_resnet(_BODY),
@@ -186,7 +209,7 @@ def convert(state_dict: Mapping[str, Any]) -> Conversion:
     source = unwrap(state_dict)[0]
     borderdet = "head.border_cls_score.weight" in source
     retinanet = "head.cls_score.weight" in source and not borderdet
-    head = _BORDERDET if borderdet else _RETINANET if retinanet else (*_ATSS, *_FCOS)
+    head: tuple[Rename | Drop, ...] = _BORDERDET if borderdet else _RETINANET if retinanet else (*_ATSS, *_FCOS, *_RCNN)
     conversion = apply_table(source, (*_SHARED, *head), "detectron2")
     for prefix in _NUMBERED:
         conversion.tensors = renumber(conversion.tensors, prefix)

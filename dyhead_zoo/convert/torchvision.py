@@ -1,8 +1,8 @@
 """torchvision's detectors, both published weights and one's own.
 
 Differences that are more than names: the classifier has a row for the background, which comes first, and published
-weights have one for each of COCO's 90 ids, of which ten are not in use; FCOS has no learned scale per level. The
-oldest files (RetinaNet's first version) number the layers of towers and pyramid otherwise. Anchors come in our order.
+weights have one for each of COCO's 90 ids, of which ten are not in use (but in a softmax they count); FCOS has no
+learned scale per level. The oldest files number the layers of towers and pyramid otherwise. Anchors come in our order.
 
 Source of the names: torchvision.models.detection.
 """
@@ -59,6 +59,32 @@ _RETINANET = (
     Rename("head.regression_head.bbox_reg.{wb}", "head.box_deltas.{wb}"),
 )
 
+_NORMED_FPN = (
+    Rename("backbone.fpn.inner_blocks.{i}.0.weight", "neck.fpn.lateral.{i}.conv.weight"),
+    Rename("backbone.fpn.inner_blocks.{i}.1.{bn}", "neck.fpn.lateral.{i}.norm.{bn}"),
+    Rename("backbone.fpn.layer_blocks.{i}.0.weight", "neck.fpn.output.{i}.conv.weight"),
+    Rename("backbone.fpn.layer_blocks.{i}.1.{bn}", "neck.fpn.output.{i}.norm.{bn}"),
+)
+
+_RCNN = (
+    Rename("rpn.head.conv.{i}.0.{wb}", "head.rpn.tower.{i}.conv.{wb}"),
+    Rename("rpn.head.conv.{wb}", "head.rpn.tower.0.conv.{wb}"),  # the oldest files
+    Rename("rpn.head.cls_logits.{wb}", "head.rpn.objectness.{wb}"),
+    Rename("rpn.head.bbox_pred.{wb}", "head.rpn.deltas.{wb}"),
+    Rename("roi_heads.box_head.{i}.0.{wb}", "head.box.0.convs.{i}.conv.{wb}"),
+    Rename("roi_heads.box_head.{i}.1.{bn}", "head.box.0.convs.{i}.norm.{bn}"),
+    Rename("roi_heads.box_head.5.{wb}", "head.box.0.fcs.0.{wb}"),
+    Rename("roi_heads.box_head.fc6.{wb}", "head.box.0.fcs.0.{wb}"),
+    Rename("roi_heads.box_head.fc7.{wb}", "head.box.0.fcs.1.{wb}"),
+    Rename("roi_heads.box_predictor.cls_score.{wb}", "head.box.0.cls_logits.{wb}"),
+    Rename("roi_heads.box_predictor.bbox_pred.{wb}", "head.box.0.box_deltas.{wb}"),
+    Rename("roi_heads.mask_head.{i}.0.{wb}", "head.mask.0.convs.{i}.conv.{wb}"),
+    Rename("roi_heads.mask_head.{i}.1.{bn}", "head.mask.0.convs.{i}.norm.{bn}"),
+    Rename("roi_heads.mask_head.mask_fcn{i}.{wb}", "head.mask.0.convs.{previous}.conv.{wb}"),  # the oldest files
+    Rename("roi_heads.mask_predictor.conv5_mask.{wb}", "head.mask.0.upsample.{wb}"),
+    Rename("roi_heads.mask_predictor.mask_fcn_logits.{wb}", "head.mask.0.logits.{wb}"),
+)
+
 _ANCHORS = 9
 """Per cell, of RetinaNet."""
 _ROWS_OF_COCO = 1 + 90
@@ -79,6 +105,23 @@ def _drop_unnamed_rows(conversion: Conversion, anchors: int) -> None:
         conversion.dropped[f"head.classification_head.cls_logits.{name}"] = reason
 
 
+def _background_last(conversion: Conversion) -> None:
+    """Two-stage detectors: first the rows of the classes, then those of ids in no use, which stay in the softmax, then
+    the background's. The boxes and masks of the latter two are never read.
+    """
+    count = len(conversion.tensors["head.box.0.cls_logits.bias"])
+    named = list(COCO_80.category_ids if count == _ROWS_OF_COCO else range(1, count))
+    unused = [row for row in range(1, count) if row not in named]
+    orders = {"box.0.cls_logits": [*named, *unused, 0], "box.0.box_deltas": named, "mask.0.logits": named}
+    for layer, order in orders.items():
+        for key in (f"head.{layer}.weight", f"head.{layer}.bias"):
+            if key in conversion.tensors:
+                rows = conversion.tensors[key].unflatten(0, (count, -1))
+                conversion.tensors[key] = rows[torch.tensor(order, device=rows.device)].flatten(0, 1)
+    reason = f"{count - len(named)} of {count} rows: background and ids of no class have neither box nor mask"
+    conversion.dropped["roi_heads.box_predictor.bbox_pred, mask_predictor.mask_fcn_logits"] = reason
+
+
 def _add_scales(conversion: Conversion) -> None:
     """Give FCOS the scales of its levels, all 1."""
     levels = sum(
@@ -94,20 +137,26 @@ def convert(state_dict: Mapping[str, Any], keep_rows: bool = False) -> Conversio
 
     Args:
         state_dict: torchvision's keys to tensors; not changed.
-        keep_rows: keep all rows of the classifier, background and unused ids too: to compare with the source.
+        keep_rows: of one-stage detectors, keep all rows of the classifier, background and unused ids too: to compare
+            with the source.
 
     Raises:
         CheckpointError: for keys of no known module.
     """
     source = unwrap(state_dict)[0]
     fcos = any(key.startswith("head.regression_head.bbox_ctrness.") for key in source)
-    conversion = apply_table(source, (*_RESNET, *_FPN, *(_FCOS if fcos else _RETINANET)), "torchvision")
+    rcnn = "roi_heads.box_predictor.cls_score.bias" in source
+    pyramid = _NORMED_FPN if "backbone.fpn.inner_blocks.0.1.weight" in source else _FPN
+    head = _RCNN if rcnn else _FCOS if fcos else _RETINANET
+    conversion = apply_table(source, (*_RESNET, *pyramid, *head), "torchvision")
     for prefix in ("neck.fpn.extra.", "head.cls_tower.", "head.box_tower."):
         conversion.tensors = renumber(conversion.tensors, prefix)
     add_batch_counters(conversion)
     if fcos:
         _add_scales(conversion)
-    if not keep_rows:
+    if rcnn:
+        _background_last(conversion)
+    elif not keep_rows:
         _drop_unnamed_rows(conversion, 1 if fcos else _ANCHORS)
     return conversion
 

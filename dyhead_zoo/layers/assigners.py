@@ -57,7 +57,13 @@ def atss_assign(anchors: Tensor, per_level: Sequence[int], boxes: Tensor, top_k:
 
 @torch.no_grad()
 def max_iou_assign(
-    anchors: Tensor, boxes: Tensor, *, positive: float, negative: float, low_quality: str = "owner"
+    anchors: Tensor,
+    boxes: Tensor,
+    *,
+    positive: float,
+    negative: float,
+    low_quality: str = "owner",
+    least: float = 0.0,
 ) -> Tensor:
     """The object of highest IoU, if that is at least ``positive``; background below ``negative``; ignored in between.
 
@@ -71,6 +77,7 @@ def max_iou_assign(
         low_quality: which object such an anchor learns: ``'owner'``: the one that it overlaps best of all anchors
             (mmdet; the last one, if there are several); ``'best'``: its own best (detectron2, torchvision); ``'none'``:
             there are no such anchors.
+        least: IoU that such an anchor must reach, or else the object does go without (mmdet's RPN: 0.3).
 
     Returns:
         (A,) int64.
@@ -83,7 +90,7 @@ def max_iou_assign(
     if low_quality == "none":
         return assigned
     highest = iou.max(0).values
-    rescued = (iou == highest) & (highest > 0)  # (A, N)
+    rescued = (iou == highest) & (highest > 0) & (highest >= least)  # (A, N)
     if low_quality == "best":
         return torch.where(rescued.any(1), owner, assigned)
     last = torch.where(rescued, torch.arange(len(boxes), device=boxes.device), -1).amax(1)
@@ -135,7 +142,7 @@ def point_assign(
     """Every object is learned by one point, the nearest to its centre, on the level made for its size.
 
     That is the coarsest level whose stride is at most ``sqrt(width * height) / scale``, or else the finest (RepPoints,
-    Yang et al., arXiv:1904.11490, section 4.2: ``floor(log2(sqrt(width * height) / 4))``). Distances are in widths and
+    Yang et al., arXiv:1904.11490, section 4: ``floor(log2(sqrt(width * height) / 4))``). Distances are in widths and
     heights of the object, as in mmdet's ``PointAssigner``; of several objects a point learns the one nearest by that
     measure, so an object can go without.
 

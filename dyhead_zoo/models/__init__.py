@@ -1,5 +1,27 @@
 """Detector families, one file each; importing this package registers their names."""
 
-from dyhead_zoo.models import atss, borderdet, detr, fcos, reppoints, retinanet
+from dyhead_zoo.models import (
+    atss,
+    borderdet,
+    cascade_rcnn,
+    deformable_detr,
+    detr,
+    faster_rcnn,
+    fcos,
+    mask_rcnn,
+    reppoints,
+    retinanet,
+)
 
-__all__ = ["atss", "borderdet", "detr", "fcos", "reppoints", "retinanet"]
+__all__ = [
+    "atss",
+    "borderdet",
+    "cascade_rcnn",
+    "deformable_detr",
+    "detr",
+    "faster_rcnn",
+    "fcos",
+    "mask_rcnn",
+    "reppoints",
+    "retinanet",
+]

@@ -1,0 +1,124 @@
+"""What the published weights of two-stage detectors have in common: conventions of their sources, input, provenance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dyhead_zoo.detector import Detector
+from dyhead_zoo.factory import build_detector
+from dyhead_zoo.models.rcnn import RCNNHead
+from dyhead_zoo.pretrained import PretrainedCfg
+
+DYHEAD_PAPER = "arXiv:2106.08322"
+CAFFE_INPUT: dict[str, Any] = {"mean": (103.53, 116.28, 123.675), "std": (1.0, 1.0, 1.0), "channel_order": "bgr"}
+CAFFE_RESNEXT_INPUT: dict[str, Any] = {**CAFFE_INPUT, "std": (57.375, 57.12, 58.395)}
+CAFFE_ARCH = {"caffe": True, "freeze_norm": True, "frozen_stages": 1}
+MMDET_ARCH = {"rpn_low_quality": "owner", "rpn_least": 0.3}
+DETECTRON2_ARCH = {"rpn_reach": "canvas"}
+TORCHVISION_ARCH = {
+    "unused_rows": 10,
+    "frozen_stages": 1,
+    "whole_pixels": True,
+    "canvas_strides": True,
+    "rpn_reach": "canvas",
+    "rpn_beta": 1 / 9,
+    "box_beta": 1 / 9,
+    "proposals": (2000, 1000),
+    "roi_aligned": False,
+    "roi_sampling": 2,
+    "soft_masks": True,
+}
+TORCHVISION_V2_ARCH = {
+    **TORCHVISION_ARCH,
+    "norm_eval": True,
+    "fpn_norm": "batch",
+    "roi_norm": "batch",
+    "rpn_convs": 2,
+    "box_convs": 4,
+    "box_hidden": (1024,),
+}
+LITE_ARCH = {"fpn_norm": True, "box_hidden": (256, 256), "proposals": (500, 300), "samples": (256, 128)}
+TEST_ARCH = {"box_hidden": (32,), "proposals": (200, 100)}
+
+
+def build_rcnn(name: str, pretrained: bool, user: dict[str, Any], **defaults: Any) -> Detector:
+    """A two-stage detector on P2 to P6, the last being every second cell of P5."""
+    pyramid = {"strides": (4, 8, 16, 32), "num_extra": 1, "extra_from": "pool"}
+    return build_detector(RCNNHead, name, pretrained, user, **{**pyramid, **defaults})
+
+
+def mmdet(
+    papers: tuple[str, ...],
+    reported: dict[str, float],
+    folder: str,
+    config: str,
+    version: str,
+    arch: dict[str, Any] = MMDET_ARCH,
+) -> PretrainedCfg:
+    """Weights of mmdetection's ``<config>_coco``; the config's name tells input and backbone."""
+    name = f"{config}_coco"
+    backbone: dict[str, Any] = {"frozen_stages": 1, "norm_eval": True}
+    cfg = PretrainedCfg(
+        source="mmdet",
+        url=f"https://download.openmmlab.com/mmdetection/v2.0/{folder}/{name}/{name}_{version}.pth",
+        hash_prefix=version.rpartition("-")[2],
+        license="apache-2.0",
+        origin_url="https://github.com/open-mmlab/mmdetection",
+        paper_ids=papers,
+        antialias=False,
+        arch={**arch, **(CAFFE_ARCH if "_caffe_" in config else backbone)},
+        reported=reported,
+        reported_by="mmdetection's model zoo, COCO val2017",
+    )
+    if "_caffe_" in config:
+        return cfg.replace(**CAFFE_INPUT)
+    return cfg.replace(**CAFFE_RESNEXT_INPUT) if "_32x8d_" in config else cfg
+
+
+def detectron2(
+    papers: tuple[str, ...], reported: dict[str, float], path: str, arch: dict[str, Any] = DETECTRON2_ARCH
+) -> PretrainedCfg:
+    """Weights of detectron2's model zoo; file names hold a prefix of the MD5, which is not checked."""
+    resnext = "_X_101_" in path
+    backbone = {"freeze_norm": True, "frozen_stages": 1, **({} if resnext else {"caffe": True})}
+    return PretrainedCfg(
+        source="detectron2",
+        url=f"https://dl.fbaipublicfiles.com/detectron2/{path}.pkl",
+        license="cc-by-sa-3.0",
+        license_url="https://github.com/facebookresearch/detectron2/blob/main/MODEL_ZOO.md",
+        origin_url="https://github.com/facebookresearch/detectron2",
+        paper_ids=papers,
+        **(CAFFE_RESNEXT_INPUT if resnext else CAFFE_INPUT),
+        arch={**arch, **backbone},
+        reported=reported,
+        reported_by="detectron2's model zoo, COCO val2017",
+    )
+
+
+def torchvision(
+    papers: tuple[str, ...], reported: dict[str, float], file: str, weights: str, arch: dict[str, Any]
+) -> PretrainedCfg:
+    """Weights of torchvision, whose first versions have frozen norms with an eps of 0."""
+    return PretrainedCfg(
+        source="torchvision",
+        url=f"https://download.pytorch.org/models/{file}.pth",
+        hash_prefix=file.rpartition("-")[2],
+        license="bsd-3-clause",
+        origin_url="https://github.com/pytorch/vision",
+        paper_ids=papers,
+        rounding="floor",
+        antialias=False,
+        arch=arch,
+        reported=reported,
+        reported_by=f"torchvision's {weights}, COCO val2017",
+    )
+
+
+def small(papers: tuple[str, ...], arch: dict[str, Any]) -> PretrainedCfg:
+    """Settings of a small detector without weights."""
+    return PretrainedCfg(short_side=384, long_side=384, license="apache-2.0", paper_ids=papers, arch=arch)
+
+
+def lite(papers: tuple[str, ...]) -> PretrainedCfg:
+    """Settings of a small detector on EfficientNet-Lite0."""
+    return small(papers, LITE_ARCH).replace(mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5))

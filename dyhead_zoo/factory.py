@@ -180,7 +180,8 @@ def build_detector(
     backbone_name = options["backbone"]
     if cfg is None or user.get("backbone", defaults["backbone"]) != defaults["backbone"]:
         cfg = (cfg or PretrainedCfg()).replace(**backbone_data_config(backbone_name))
-    weights_cfg, cfg = cfg, cfg.with_labels(labels)
+    weights_cfg = cfg
+    cfg = (cfg if pretrained and labels == cfg.label_space else cfg.without_claims()).with_labels(labels)
 
     parts = _route(
         {k: v for k, v in options.items() if k not in ("backbone", "in_chans")}, Backbone, neck_cls, head_cls

@@ -107,6 +107,11 @@ class PretrainedCfg:
         """A copy with another label space."""
         return self.replace(class_names=labels.names, category_ids=labels.category_ids)
 
+    def without_claims(self) -> PretrainedCfg:
+        """A copy for other weights: without the figures, data, limits and sources of these."""
+        nothing = PretrainedCfg()
+        return self.replace(**{name: getattr(nothing, name) for name in _CLAIMS})
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; tuples become lists."""
         return {
@@ -140,6 +145,13 @@ def bundled_record(name: str) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((BUNDLED / f"{name}.json").read_text())
     return record
 
+
+_CLAIMS = (
+    *("file", "url", "mirrors", "hf_hub_id", "hf_hub_revision", "sha256", "hash_prefix", "source"),
+    *("data_license", "datasets", "limits", "description", "origin_url"),
+    *("reported", "reported_by", "measured", "measured_on"),
+)
+"""Fields that are true of one set of weights only."""
 
 COCO_SUBSET: dict[str, Any] = {
     "datasets": ("detection-datasets/coco",),

@@ -45,7 +45,7 @@ def bundled_names() -> list[str]:
 def card_of(name: str) -> str:
     """The card of one set of weights, from what ``hub/<name.tag>`` holds."""
     return render_card(
-        create_detector(name).config(),
+        create_detector(name, pretrained=True).config(),
         read(name, "eval.json"),
         recipe=read(name, "recipe.json"),
         repo_id=f"{HUB_ORGANISATION}/{name}",

@@ -110,7 +110,7 @@ def test_pretrained_loads_a_file_and_no_backbone_weights(tmp_path, monkeypatch):
     source = create_detector("test_atss_dyhead1")
     path = tmp_path / "weights.safetensors"
     write_safetensors(path, source.state_dict(), {})
-    cfg = get_pretrained_cfg("test_atss_dyhead1").replace(file=str(path))
+    cfg = get_pretrained_cfg("test_atss_dyhead1").replace(file=str(path), sha256=None)
     monkeypatch.setattr(
         "timm.models._builder.load_pretrained", lambda *_, **__: pytest.fail("backbone weights asked for")
     )
@@ -194,3 +194,11 @@ def test_a_tags_frozen_stages_apply_only_where_weights_are_loaded():
 def test_two_sources_of_weights_are_one_too_many(tmp_path):
     with pytest.raises(ValueError, match="choose one"):
         create_detector("atss_lite0_dyhead2", pretrained=True, checkpoint=tmp_path / "a.safetensors")
+
+
+def test_figures_stay_with_the_weights_that_they_are_of():
+    assert create_detector("test_atss_dyhead1", pretrained=True).pretrained_cfg.measured
+    for other in ({}, {"pretrained": True, "class_names": ["person", "cup"]}):
+        cfg = create_detector("test_atss_dyhead1", **other).pretrained_cfg
+        assert not cfg.measured and not cfg.has_weights and not cfg.limits
+        assert cfg.short_side == 192 and cfg.paper_ids  # what remains true of the detector

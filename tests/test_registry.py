@@ -20,7 +20,10 @@ from dyhead_zoo import (
 def test_listing_is_in_natural_order_and_filtered():
     names = list_detectors("atss_resnet50_dyhead*")
     assert names == [f"atss_resnet50_dyhead{n}" for n in (1, 2, 4, 6, 8, 10)]
-    assert list_detectors(["*swin*", "atss_resnet101"], exclude="*large*") == ["atss_resnet101", "atss_swin_dyhead6"]
+    assert list_detectors(["atss_swin*", "atss_resnet101"], exclude="*large*") == [
+        "atss_resnet101",
+        "atss_swin_dyhead6",
+    ]
     assert list_detectors(module="atss") and not list_detectors(module="no_such_family")
     assert list_detectors("no_such*") == []
 
@@ -50,7 +53,7 @@ def test_is_detector(name, known):
     [
         ("atss_resnet50_dyhaed6", "Did you mean atss_resnet50_dyhead6"),
         ("atss_resnet50_dyhead6.oficial_1x_coco", "official_1x_coco"),
-        ("yolo_resnet50", "family of \\['atss'\\]"),
+        ("yolo_resnet50", "family of \\['atss', "),
         ("atss_resnot50_dyhead6x", "timm has no backbone named 'resnot50_dyhead6x'"),
         ("runs/model", "local-dir:runs/model"),
         ("atss_resnet18_dyhead1.tag", "no weight tag 'tag'"),

@@ -11,6 +11,7 @@ import torch
 import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 from torch.utils.flop_counter import FlopCounterMode
 
+from dyhead_zoo import registry
 from dyhead_zoo.detector import Detector
 from dyhead_zoo.factory import create_detector
 from dyhead_zoo.layers.backbone import Backbone
@@ -57,7 +58,8 @@ def describe(name: str) -> str:
     """Size, cost, labels, input, source and figures of a named detector; its weights are not loaded."""
     with torch.device("meta"):  # sizes need no numbers
         detector = create_detector(name)
-    cfg = detector.pretrained_cfg
+    named = registry.is_detector(name.partition(".")[0])
+    cfg = registry.get_pretrained_cfg(name) if named else detector.pretrained_cfg
     height, width = canvas_of(cfg)
     rows = {
         "name": name,

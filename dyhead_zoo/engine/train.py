@@ -139,6 +139,7 @@ def train(
     else:
         raise ValueError("give both val_images and val_annotations, or neither")
     _set_protocol(detector, config)
+    detector.pretrained_cfg = detector.pretrained_cfg.without_claims()  # they were of the weights it starts from
     with joined_processes(config.device) as processes:
         dataset = CocoDataset(images, annotations, label_space=detector.label_space, cache=config.cache_images)
         run = _Run(Learner(detector, config, processes), dataset, validation, Path(output))

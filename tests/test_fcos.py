@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.models.detection import fcos_resnet50_fpn
 
-from dyhead_zoo import create_detector, load_checkpoint
+from dyhead_zoo import create_detector, list_pretrained, load_checkpoint
 from dyhead_zoo.convert.torchvision import convert_torchvision
 from dyhead_zoo.layers.assigners import fcos_assign
 from dyhead_zoo.layers.losses import iou_loss
@@ -230,10 +231,10 @@ def head_keys(cls_tower, box_tower, logits, distances, centerness, scales):
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 
-def resnet50_blocks():
-    """(stage, block, {convolution: shape}) of a ResNet-50."""
+def resnet_blocks(third=6):
+    """(stage, block, {convolution: shape}) of a ResNet-50, or -101 with 23 blocks in its third stage."""
     inputs = 64
-    for stage, (depth, width) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True), start=1):
+    for stage, (depth, width) in enumerate(zip((3, 4, third, 3), (64, 128, 256, 512), strict=True), start=1):
         for i in range(depth):
             convs = {"1": (width, inputs, 1, 1), "2": (width, width, 3, 3), "3": (4 * width, width, 1, 1)}
             if i == 0:
@@ -242,10 +243,10 @@ def resnet50_blocks():
             inputs = 4 * width
 
 
-def official_keys(prefix):
+def official_keys(prefix, third=6):
     """maskrcnn-benchmark's layout."""
     keys = {"backbone.body.stem.conv1.weight": (64, 3, 7, 7)} | {f"backbone.body.stem.bn1.{n}": (64,) for n in NORM}
-    for stage, i, convs in resnet50_blocks():
+    for stage, i, convs in resnet_blocks(third):
         for name, shape in convs.items():
             conv, norm = ("downsample.0", "downsample.1") if name == "shortcut" else (f"conv{name}", f"bn{name}")
             block = f"backbone.body.layer{stage}.{i}."
@@ -267,7 +268,7 @@ def adelaidet_keys():
     body = "backbone.bottom_up."
     keys = {"pixel_mean": (3, 1, 1), "pixel_std": (3, 1, 1), f"{body}stem.conv1.weight": (64, 3, 7, 7)}
     keys |= {f"{body}stem.conv1.norm.{n}": (64,) for n in NORM}
-    for stage, i, convs in resnet50_blocks():
+    for stage, i, convs in resnet_blocks():
         for name, shape in convs.items():
             conv = f"{body}res{stage + 1}.{i}." + (name if name == "shortcut" else f"conv{name}")
             keys |= {f"{conv}.weight": shape} | {f"{conv}.norm.{n}": shape[:1] for n in NORM}
@@ -287,7 +288,9 @@ def adelaidet_keys():
     [
         ("fcos_resnet50.official_1x_coco", official_keys(""), "maskrcnn_benchmark"),
         ("fcos_resnet50.official_improved_1x_coco", official_keys("module."), "maskrcnn_benchmark"),
+        ("fcos_resnet101.official_improved_2x_coco", official_keys("", third=23), "maskrcnn_benchmark"),
         ("fcos_resnet50.adelaidet_1x_coco", adelaidet_keys(), "detectron2"),
+        ("fcos_resnet50.adelaidet_2x_coco", adelaidet_keys(), "detectron2"),
     ],
 )
 def test_every_key_of_the_authors_has_its_place(name, keys, source):
@@ -303,3 +306,37 @@ def test_every_key_of_the_authors_has_its_place(name, keys, source):
     assert detector.head.box_tower[2].conv.weight.unique().item() == value["bbox_tower.6.weight"]
     assert detector.head.box_distances.weight.unique().item() == value["bbox_pred.weight"]
     assert detector.head.scales.tolist() == [value[f"scales.{i}.scale"] for i in range(5)]
+
+
+def mmdet_keys(body, tower_bias):
+    """mmdetection names a ResNet's parts as torchvision does."""
+    with torch.device("meta"):
+        state = getattr(torchvision.models, body)().state_dict()
+    keys = {f"backbone.{key}": tuple(value.shape) for key, value in state.items() if not key.startswith("fc.")}
+    for i, channels in enumerate((512, 1024, 2048)):
+        keys |= {
+            f"neck.lateral_convs.{i}.conv.weight": (256, channels, 1, 1),
+            f"neck.lateral_convs.{i}.conv.bias": (256,),
+        }
+    for i in range(5):
+        keys |= {f"neck.fpn_convs.{i}.conv.weight": (256, 256, 3, 3), f"neck.fpn_convs.{i}.conv.bias": (256,)}
+    for i in range(4):
+        for branch in ("cls_convs", "reg_convs"):
+            keys |= {f"bbox_head.{branch}.{i}.conv.weight": (256, 256, 3, 3)}
+            keys |= {f"bbox_head.{branch}.{i}.gn.weight": (256,), f"bbox_head.{branch}.{i}.gn.bias": (256,)}
+            keys |= {f"bbox_head.{branch}.{i}.conv.bias": (256,)} if tower_bias else {}
+    for name, rows in (("conv_cls", 80), ("conv_reg", 4), ("conv_centerness", 1)):
+        keys |= {f"bbox_head.{name}.weight": (rows, 256, 3, 3), f"bbox_head.{name}.bias": (rows,)}
+    return keys | {f"bbox_head.scales.{i}.scale": () for i in range(5)}
+
+
+@pytest.mark.parametrize("name", [n for n in list_pretrained("fcos*") if ".mmdet" in n])
+def test_every_mmdet_key_has_its_place(name):
+    body = name.removeprefix("fcos_").partition(".")[0]
+    keys = mmdet_keys(body, tower_bias="improved" in name)
+    with torch.device("meta"):
+        detector = create_detector(name)
+        checkpoint = {key: torch.empty(shape) for key, shape in keys.items()}
+    report = load_checkpoint(detector, checkpoint)
+    assert report.source == detector.pretrained_cfg.source == "mmdet"
+    assert len(report.loaded) == len(keys) - 4  # the five scales become one parameter

@@ -1,4 +1,4 @@
-"""The command line: ``dyhead-zoo list | info | predict | eval | train | benchmark | push | pull``.
+"""The command line: ``dyhead-zoo list | info | predict | eval | train | explain | benchmark | push | pull``.
 
 Each verb is one function that takes the parsed arguments. Nothing heavy is imported before a verb runs, so that
 ``--help`` answers at once.
@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_predict,
         _add_eval,
         _add_train,
+        _add_explain,
         _add_benchmark,
         _add_push,
         _add_pull,
@@ -290,15 +291,7 @@ def _add_train(verbs: Any) -> argparse.ArgumentParser:
         help="start from a backbone in timm's layout; without FILE, the one that timm downloads",
     )
     verb.add_argument("--class-names", type=_names, metavar="A,B,..", help="default: categories of the training file")
-    verb.add_argument(
-        "--model-args",
-        nargs="+",
-        action="extend",
-        type=_key_value,
-        default=[],
-        metavar="KEY=VALUE",
-        help="arguments of create_detector, such as frozen_stages=1",
-    )
+    _add_model_args(verb)
     verb.add_argument("--resume", action="store_true", help="go on with the run in --output, if there is one")
     settings = verb.add_argument_group("settings")
     for field in dataclasses.fields(TrainConfig):
@@ -362,6 +355,48 @@ def _add_setting(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         kind = next(option for option in options if option is not types.NoneType)
         group.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=text)
+
+
+# -- explain ----------------------------------------------------------------------------------------------------------
+
+
+def _add_explain(verbs: Any) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(
+        "explain",
+        help="show which anchors or points would learn each object of a data set",
+        description="Before any training: which level, anchors or points each object is assigned to, which objects "
+        "none learns at this resolution, sizes, class balance, suspicious boxes. For one-stage detectors; no weights "
+        "are needed.",
+    )
+    verb.add_argument("--detector", required=True, metavar="NAME", help="with or without a tag")
+    verb.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="COCO-format JSON file")
+    verb.add_argument("--images", type=Path, metavar="DIR", help="folder of images; needed for pictures only")
+    verb.add_argument("--output", type=Path, metavar="DIR", help="folder for all figures as JSON, and for pictures")
+    verb.add_argument("--max-images", type=positive_int, metavar="N", help="only the first so many images")
+    _add_model_args(verb)
+    verb.set_defaults(run=run_explain)
+    return verb
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """Print the tables, write the files asked for."""
+    import torch
+
+    from dyhead_zoo import create_detector
+    from dyhead_zoo.engine.explain import explain
+
+    with torch.device("meta"):  # sizes need no numbers
+        detector = create_detector(args.detector, **dict(args.model_args))
+    explanation = explain(
+        detector,
+        annotations=args.annotations,
+        images=args.images,
+        output=args.output,
+        max_images=args.max_images,
+        progress=sys.stderr.isatty(),
+    )
+    print(explanation.summary())
+    return 0
 
 
 # -- benchmark --------------------------------------------------------------------------------------------------------
@@ -521,6 +556,18 @@ def _add_model_flags(verb: argparse.ArgumentParser) -> None:
     labels.add_argument("--class-names", type=_names, metavar="A,B,..", help="classes of a checkpoint that names none")
     labels.add_argument("--num-classes", type=positive_int, metavar="N", help="their number, if names do not matter")
     verb.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ..; default: a GPU where there is one")
+
+
+def _add_model_args(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--model-args",
+        nargs="+",
+        action="extend",
+        type=_key_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of create_detector, such as frozen_stages=1",
+    )
 
 
 def _load_detector(name: str | None, args: argparse.Namespace) -> Detector:

@@ -171,7 +171,7 @@ def _box_head(theirs: str, ours: str) -> tuple[Rename, ...]:
     )
 
 
-_RCNN = (*_RPN, *_box_head("", "0"), *_box_head(".{i}", "{i}"))
+_RCNN: tuple[Rename | Drop, ...] = (*_RPN, *_box_head("", "0"), *_box_head(".{i}", "{i}"))
 
 _SHARED: tuple[Rename | Drop, ...] = (
     *_NOT_WEIGHTS,

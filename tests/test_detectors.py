@@ -58,7 +58,7 @@ def test_state_dict_keys_are_frozen(name):
     assert fingerprint(detector) == json.loads(KEYS.read_text())[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if "detr" not in name])
 def test_raw_outputs_have_the_strides_of_the_pyramid(name):
     with torch.device("meta"):
         raw = create_detector(name)(torch.zeros(1, 3, 256, 384))

@@ -82,6 +82,11 @@ class Detector(nn.Module):
         return self.pretrained_cfg.label_space
 
     @property
+    def wants_masks(self) -> bool:
+        """Whether targets must have masks for ``loss``."""
+        return bool(getattr(self.head, "wants_masks", False))
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.mean.device

@@ -26,6 +26,22 @@ class Target(TypedDict):
     masks: NotRequired[Tensor]
 
 
+class Sample(NamedTuple):
+    """A picture with its objects, on the way from a data set to a ``Batch``.
+
+    Attributes:
+        image: (3, H, W) uint8.
+        boxes: (N, 4) float32 xyxy.
+        labels: (N,) int64.
+        masks: (N, H, W) bool, or None where nobody asked for them.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+
+
 class Batch(NamedTuple):
     """What the loader yields.
 

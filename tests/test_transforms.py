@@ -14,10 +14,9 @@ from dyhead_zoo.data.transforms import (
     FILL,
     MIN_SIDE,
     BatchPlan,
-    Sample,
     SmallDataTrain,
     StandardTrain,
-    clip_and_drop,
+    clip_boxes,
     crop_and_resize,
     distort_colour,
     flip_horizontal,
@@ -29,6 +28,7 @@ from dyhead_zoo.data.transforms import (
     resize_to_protocol,
     scale_boxes,
 )
+from dyhead_zoo.structures import Sample
 
 TOLERANCE = 1.5  # pixels by which interpolation may blur an edge
 
@@ -39,7 +39,8 @@ def generator(seed: int) -> torch.Generator:
 
 def sample_of(height: int, width: int, box: tuple[float, ...], label: int = 0) -> Sample:
     boxes, labels = torch.tensor([box], dtype=torch.float32), torch.tensor([label])
-    return painted(height, width, boxes, labels), boxes, labels
+    image = painted(height, width, boxes, labels)
+    return Sample(image, boxes, labels, has_colour(image, label)[None])
 
 
 def noise(height: int, width: int, seed: int = 0) -> Tensor:
@@ -62,13 +63,24 @@ def assert_box_fits_paint(image: Tensor, box: Tensor, label: int) -> None:
 
 
 def assert_valid(sample: Sample, limit: tuple[int, int]) -> None:
-    image, boxes, labels = sample
+    image, boxes, labels, masks = sample
     height, width = image.shape[1:]
     assert image.dtype == torch.uint8 and 1 <= height <= limit[0] and 1 <= width <= limit[1]
     assert len(boxes) == len(labels) and boxes.dtype == torch.float32 and labels.dtype == torch.int64
     assert boxes.isfinite().all() and (boxes >= 0).all()
     assert (boxes[:, 0::2] <= width).all() and (boxes[:, 1::2] <= height).all()
     assert (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE - 1e-3).all()
+    if masks is not None:
+        assert masks.dtype == torch.bool and masks.shape == (len(boxes), height, width)
+        assert_masks_fill_boxes(masks, boxes)
+
+
+def assert_masks_fill_boxes(masks: Tensor, boxes: Tensor) -> None:
+    """As they do where objects are painted rectangles, but for what interpolation may do to an edge."""
+    y, x = torch.arange(masks.shape[1])[:, None] + 0.5, torch.arange(masks.shape[2]) + 0.5
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist(), strict=True):
+        reach = torch.minimum(torch.minimum(x - x1, x2 - x), torch.minimum(y - y1, y2 - y))
+        assert mask[reach > TOLERANCE].all() and not mask[reach < -TOLERANCE].any()
 
 
 # ---- resizing
@@ -147,12 +159,11 @@ def test_pad_and_stack() -> None:
 @given(painted_samples())
 @settings(max_examples=50 * FUZZ, deadline=None)
 def test_flip_moves_boxes_with_the_paint_and_undoes_itself(sample: Sample) -> None:
-    image, boxes, _ = sample
-    flipped, moved = flip_horizontal(image, boxes)
-    assert_box_fits_paint(flipped, moved[0], 0)
-    assert flipped[:, 0, 0].equal(image[:, 0, -1])
-    again, back = flip_horizontal(flipped, moved)
-    assert torch.equal(again, image) and torch.equal(back, boxes)
+    flipped = flip_horizontal(sample)
+    assert_box_fits_paint(flipped.image, flipped.boxes[0], 0)
+    assert flipped.masks is not None and torch.equal(flipped.masks[0], has_colour(flipped.image, 0))
+    assert flipped.image[:, 0, 0].equal(sample.image[:, 0, -1])
+    assert all(torch.equal(a, b) for a, b in zip(flip_horizontal(flipped), sample, strict=True))
 
 
 def test_boxes_cut_away_or_too_thin_are_dropped() -> None:
@@ -167,16 +178,20 @@ def test_boxes_cut_away_or_too_thin_are_dropped() -> None:
             [0.0, 0, 20, 15],
         ]
     )
-    kept, labels = clip_and_drop(boxes, torch.arange(7), 15, 20)
-    assert labels.tolist() == [0, 3, 6]
-    assert kept.tolist() == [[0, 2, 5, 12], [0, 2, 19, 12], [0, 0, 20, 15]]
+    clipped, keep = clip_boxes(boxes, 15, 20)
+    assert keep.nonzero().flatten().tolist() == [0, 3, 6]
+    assert clipped[keep].tolist() == [[0, 2, 5, 12], [0, 2, 19, 12], [0, 0, 20, 15]]
 
 
 def test_no_boxes_pass_through_everything() -> None:
-    empty: Sample = (noise(40, 30), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    image = noise(40, 30)
+    empty = Sample(
+        image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 40, 30, dtype=torch.bool)
+    )
     for seed in range(4):
         for recipe in (StandardTrain((24,), 40), SmallDataTrain(32, mosaic=seed % 2)):
-            _, boxes, labels = recipe([empty], 0, generator(seed))
+            image, boxes, labels, masks = recipe([empty], 0, generator(seed))
+            assert masks.shape == (0, *image.shape[1:])
             assert boxes.shape == (0, 4) and labels.shape == (0,) and boxes.dtype == torch.float32
 
 
@@ -201,21 +216,21 @@ def test_cropping_and_resizing_keep_the_box_on_the_paint(sample: Sample, data: s
 def test_scale_jitter_keeps_the_box_on_the_paint(sample: Sample, canvas: tuple[int, int], seed: int) -> None:
     result = random_scale_crop(sample, canvas, (0.5, 1.6), generator(seed))
     assert_valid(result, canvas)
-    image, boxes, _ = result
+    image, boxes, *_ = result
     scale = max(image.shape[1] / sample[0].shape[1], image.shape[2] / sample[0].shape[2])
     if len(boxes) and scale < 3 and (boxes[0, 2:] - boxes[0, :2]).min() > 4:
         assert_box_fits_paint(image, boxes[0], 0)
 
 
 def test_scale_jitter_covers_its_range_and_all_places() -> None:
-    sample = (noise(40, 80), torch.tensor([[0.0, 0, 80, 40]]), torch.tensor([0]))
+    sample = Sample(noise(40, 80), torch.tensor([[0.0, 0, 80, 40]]), torch.tensor([0]))
     sizes = [random_scale_crop(sample, (64, 64), (0.5, 1.6), generator(seed))[0].shape[1:] for seed in range(200)]
     heights = [size[0] for size in sizes]  # 32 at scale 1
     assert min(heights) <= 18 and max(heights) >= 48
     assert max(size[1] for size in sizes) == 64
 
-    left_edge = (painted(40, 80, torch.tensor([[0.0, 0, 8, 40]]), torch.tensor([0])), *sample[1:])
-    right_edge = (painted(40, 80, torch.tensor([[72.0, 0, 80, 40]]), torch.tensor([0])), *sample[1:])
+    left_edge = sample._replace(image=painted(40, 80, torch.tensor([[0.0, 0, 8, 40]]), torch.tensor([0])))
+    right_edge = sample._replace(image=painted(40, 80, torch.tensor([[72.0, 0, 80, 40]]), torch.tensor([0])))
     for edge in (left_edge, right_edge):
         seen = [has_colour(random_scale_crop(edge, (64, 64), (1.5, 1.5), generator(s))[0], 0).any() for s in range(60)]
         assert any(seen) and not all(seen)
@@ -235,9 +250,10 @@ def test_scale_boxes_is_the_inverse_of_itself() -> None:
 @settings(max_examples=50 * FUZZ, deadline=None)
 def test_mosaic_keeps_every_box_on_its_own_paint(data: st.DataObject, seed: int) -> None:
     samples = [data.draw(painted_samples(label)) for label in range(4)]
-    image, boxes, labels = mosaic(samples, (72, 96), (0.5, 1.0), generator(seed))
+    result = mosaic(samples, (72, 96), (0.5, 1.0), generator(seed))
+    image, boxes, labels, _ = result
     assert image.shape == (3, 72, 96) and len(set(labels.tolist())) == len(labels)
-    assert_valid((image, boxes, labels), (72, 96))
+    assert_valid(result, (72, 96))
     for box, label in zip(boxes, labels.tolist(), strict=True):
         if (box[2:] - box[:2]).min() > 4 and max(96 / s[0].shape[1] for s in samples) < 3:
             assert_box_fits_paint(image, box, label)
@@ -245,7 +261,7 @@ def test_mosaic_keeps_every_box_on_its_own_paint(data: st.DataObject, seed: int)
 
 def test_mosaic_puts_one_picture_into_each_quarter() -> None:
     samples = [sample_of(64, 64, (0, 0, 64, 64), label) for label in range(4)]
-    image, _, _ = mosaic(samples, (64, 64), (1.0, 1.0), generator(3))
+    image = mosaic(samples, (64, 64), (1.0, 1.0), generator(3)).image
     assert sum(has_colour(image, label) for label in range(4)).eq(1).all()
     corners = [image[:, y, x].tolist() for y in (0, -1) for x in (0, -1)]
     assert corners == [s[0][:, 0, 0].tolist() for s in samples]
@@ -327,7 +343,8 @@ def test_recipes_keep_boxes_on_the_paint(index: int, seed: int, kind: str) -> No
         "small": SmallDataTrain(64, mosaic=0.0, color=0.0),
         "mosaic": SmallDataTrain(64, mosaic=1.0, color=0.0),
     }[kind]
-    image, boxes, labels = recipe(pictures(), index, generator(seed))
+    image, boxes, labels, masks = recipe(pictures(), index, generator(seed))
+    assert_masks_fill_boxes(masks, boxes)
     for box, label in zip(boxes, labels.tolist(), strict=True):
         x1, y1, x2, y2 = (box + torch.tensor([TOLERANCE, TOLERANCE, -TOLERANCE, -TOLERANCE])).round().int().tolist()
         assert has_colour(image, label)[y1:y2, x1:x2].all()
@@ -352,7 +369,7 @@ def test_small_recipe_reads_three_further_pictures_for_a_mosaic_only() -> None:
     source = pictures()
     SmallDataTrain(48, mosaic=0.0)(source, 2, generator(0))
     assert source.read == [2]
-    image, _, _ = SmallDataTrain(48, mosaic=1.0)(source, 2, generator(0))
+    image = SmallDataTrain(48, mosaic=1.0)(source, 2, generator(0)).image
     assert source.read[1] == 2 and len(source.read) == 5 and image.shape == (3, 48, 48)
     one = Pictures([sample_of(40, 40, (5, 5, 30, 30))])
     assert SmallDataTrain(48, mosaic=1.0)(one, 0, generator(0))[0].shape == (3, 48, 48)
@@ -361,7 +378,7 @@ def test_small_recipe_reads_three_further_pictures_for_a_mosaic_only() -> None:
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(2, 64), st.integers(0, 2**31))
 @settings(max_examples=75 * FUZZ, deadline=None)
 def test_small_recipe_takes_pictures_of_any_shape(height: int, width: int, size: int, seed: int) -> None:
-    source = [(noise(height, width), torch.tensor([[0.0, 0, width, height]]), torch.tensor([2]))]
+    source = [Sample(noise(height, width), torch.tensor([[0.0, 0, width, height]]), torch.tensor([2]))]
     assert_valid(SmallDataTrain(size)(source, 0, generator(seed)), (size, size))
 
 

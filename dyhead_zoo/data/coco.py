@@ -21,6 +21,8 @@ from torch import Tensor
 
 from dyhead_zoo.data.images import ImageCache, image_size, read_image
 from dyhead_zoo.data.label_space import LabelSpace
+from dyhead_zoo.ops.masks import compress_segmentation, decode_counts, encode_box
+from dyhead_zoo.structures import Sample
 
 CLIP_TOLERANCE = 0.05
 """Boxes that pass the border by no more than this many pixels are clipped without being counted: files round."""
@@ -97,13 +99,14 @@ class DataReport:
 class CocoDataset:
     """Pictures with boxes, from a folder and a COCO-format file.
 
-    ``dataset[i]`` is ``(image (3, H, W) uint8, boxes (N, 4) float32 xyxy, labels (N,) int64)`` without crowd regions;
-    ``dataset.record(i)`` is all that the file says, without reading the picture.
+    ``dataset[i]`` is a ``Sample``: picture, boxes, labels and, if asked for, masks, without crowd regions;
+    ``dataset.record(i)`` is what the file says, without reading the picture.
 
     Errors, because they cannot be repaired: malformed JSON; missing or mistyped fields; ids that repeat or refer to
     nothing; file names that leave the folder; missing files; pictures whose upright size is not the one in the file
     (their boxes belong to another frame). Repairs, counted in ``report``: boxes that reach outside the picture are
-    clipped; boxes that are not finite, empty or wholly outside are dropped.
+    clipped; boxes that are not finite, empty or wholly outside are dropped; an object without a segmentation, in a file
+    that has them, gets its box as its mask.
 
     Args:
         images_dir: folder of the pictures.
@@ -118,6 +121,8 @@ class CocoDataset:
             also its ``"size"`` (opens every file's header).
         cache: keep decoded pictures in memory, three bytes a pixel; see ``ImageCache``.
         max_images: take only the first so many images of the file.
+        masks: read the objects' segmentations too: polygons and both forms of RLE. Segmentations are neither read nor
+            checked otherwise.
 
     Attributes:
         label_space: names in label order, with *this file's* category ids (classes that the file lacks get unused
@@ -140,6 +145,7 @@ class CocoDataset:
         check: Check = "exists",
         cache: bool = False,
         max_images: int | None = None,
+        masks: bool = False,
     ) -> None:
         self.images_dir = Path(images_dir)
         self.annotations = Path(annotations)
@@ -152,22 +158,23 @@ class CocoDataset:
         self._root = os.path.realpath(self.images_dir)
         if max_images is not None and max_images < 1:
             raise ValueError(f"max_images={max_images} must be at least 1, or None for all")
-        reader = _Reader(self.annotations, strict)
+        reader = _Reader(self.annotations, strict, masks)
         self.report = reader.report
         self.label_space = reader.read(label_space, max_images)
         self.image_ids = [image.image_id for image in reader.images]
         self._names = [image.file_name for image in reader.images]
         self._sizes = [(image.height, image.width) for image in reader.images]
         self._boxes, self._labels, self._crowd, self._offsets = reader.arrays()
+        self._counts = reader.counts() if masks else None
         self._check(check)
         self._cache = ImageCache(self._sizes) if cache else None
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, index: int) -> Sample:
         record = self.record(index)
-        return self.image(index), record.boxes, record.labels
+        return Sample(self.image(index), record.boxes, record.labels, self.masks(index))
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of picture ``index`` in pixels, without reading it."""
@@ -197,6 +204,14 @@ class CocoDataset:
             self.image_ids[index], self.path(index), *self._sizes[index],
             boxes[single], labels[single], boxes[crowd], labels[crowd],
         )  # fmt: skip
+
+    def masks(self, index: int) -> Tensor | None:
+        """Masks (N, H, W) bool of the objects of picture ``index``, those of its record; None unless asked for."""
+        if self._counts is None:
+            return None
+        index = range(len(self))[index]
+        rows = range(self._offsets[index], self._offsets[index + 1])
+        return decode_counts([self._counts[row] for row in rows if not self._crowd[row]], *self._sizes[index])
 
     def image(self, index: int) -> Tensor:
         """Picture ``index``, (3, H, W) uint8, not to be written to.
@@ -245,15 +260,25 @@ class _Image(NamedTuple):
     width: int
 
 
+class _Row(NamedTuple):
+    """One annotation; ``counts``: of its mask as a compressed RLE, "" where it is not read."""
+
+    box: tuple[float, ...]
+    label: int
+    crowd: bool
+    counts: str
+
+
 class _Reader:
     """One pass over an annotation file."""
 
-    def __init__(self, path: Path, strict: bool) -> None:
+    def __init__(self, path: Path, strict: bool, masks: bool) -> None:
         self.path = path
         self.strict = strict
+        self.masks = masks
         self.report = DataReport(str(path))
         self.images: list[_Image] = []
-        self._rows: list[list[tuple[tuple[float, ...], int, bool]]] = []
+        self._rows: list[list[_Row]] = []
 
     def read(self, wanted: LabelSpace | None, max_images: int | None) -> LabelSpace:
         """Check the whole file; fill ``images`` and the boxes. Returns the label space in use."""
@@ -265,13 +290,13 @@ class _Reader:
         if max_images is not None and max_images < len(self.images):
             left_out = {"images left out by max_images": len(self.images) - max_images}
             self.images, self._rows = self.images[:max_images], self._rows[:max_images]
-        crowd = sum(row[2] for rows in self._rows for row in rows)
+        crowd = sum(row.crowd for rows in self._rows for row in rows)
         self.report.totals = {
             "images": len(self.images),
             "boxes": sum(map(len, self._rows)) - crowd,
             "crowd regions": crowd,
             "classes": len(space),
-            "images without objects": sum(all(row[2] for row in rows) for rows in self._rows),
+            "images without objects": sum(all(row.crowd for row in rows) for rows in self._rows),
             **left_out,
         }
         return space
@@ -282,9 +307,13 @@ class _Reader:
         offsets = [0]
         for image_rows in self._rows:
             offsets.append(offsets[-1] + len(image_rows))
-        boxes = torch.tensor([row[0] for row in rows], dtype=torch.float32).reshape(-1, 4)
-        labels = torch.tensor([row[1] for row in rows], dtype=torch.int64)
-        return boxes, labels, torch.tensor([row[2] for row in rows], dtype=torch.bool), offsets
+        boxes = torch.tensor([row.box for row in rows], dtype=torch.float32).reshape(-1, 4)
+        labels = torch.tensor([row.label for row in rows], dtype=torch.int64)
+        return boxes, labels, torch.tensor([row.crowd for row in rows], dtype=torch.bool), offsets
+
+    def counts(self) -> list[str]:
+        """Of the rows of ``arrays``."""
+        return [row.counts for rows in self._rows for row in rows]
 
     def _error(self, where: str, problem: str) -> ValueError:
         return ValueError(f"{self.path}: {where}: {problem}")
@@ -415,6 +444,11 @@ class _Reader:
 
     def _annotations(self, rows: list[Any], position_of: dict[int, int], label_of: Mapping[int, int | None]) -> None:
         seen: dict[int, int] = {}
+        if self.masks and rows and not any(row.get("segmentation") for row in rows):
+            raise ValueError(
+                f"{self.path}: no object has a segmentation, but masks are asked for: take a detector without masks, "
+                f"e.g. faster_rcnn_resnet50 instead of mask_rcnn_resnet50, or a file that has them"
+            )
         for position, row in enumerate(rows):
             annotation_id = self._integer(row, "id", f"annotations[{position}]")
             self._unique(seen, "annotations", position, annotation_id)
@@ -433,7 +467,19 @@ class _Reader:
             if label is None:
                 self.report.remark("object of a class outside the label space", where)
             elif box is not None:
-                self._rows[image].append((box, label, bool(crowd)))
+                counts = self._mask(row, box, self.images[image], where) if self.masks and not crowd else ""
+                self._rows[image].append(_Row(box, label, bool(crowd), counts))
+
+    def _mask(self, row: Mapping[str, Any], box: tuple[float, ...], image: _Image, where: str) -> str:
+        """The object's segmentation, or its box where it has none, as compressed counts."""
+        try:
+            counts = compress_segmentation(row.get("segmentation"), image.height, image.width)
+        except ValueError as error:
+            raise self._error(where, str(error)) from error
+        if counts is not None:
+            return counts
+        self._repair("object without a segmentation: its box is its mask", where)
+        return encode_box(box, image.height, image.width)["counts"]
 
     def _box(self, bbox: Any, image: _Image, where: str) -> tuple[float, ...] | None:
         """xywh to xyxy within the image, or None if nothing is left of it."""

@@ -18,16 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 from dyhead_zoo.data.coco import CocoDataset
 from dyhead_zoo.data.transforms import (
     BatchPlan,
-    Sample,
     TrainTransform,
     pad_and_stack,
     protocol_size,
     resize,
+    resize_masks,
     round_up,
     scale_boxes,
 )
 from dyhead_zoo.pretrained import PretrainedCfg
-from dyhead_zoo.structures import Batch, Target
+from dyhead_zoo.structures import Batch, Sample, Target
 
 T = TypeVar("T")
 
@@ -121,8 +121,8 @@ def prepare_images(images: Sequence[Tensor], cfg: PretrainedCfg, batch_size: int
     """
     _check_counts(batch_size=batch_size)
     for positions in _equal_canvas_batches([(i.shape[1], i.shape[2]) for i in images], cfg, batch_size):
-        boxes, labels = [torch.zeros(0, 4)] * len(positions), [torch.zeros(0, dtype=torch.int64)] * len(positions)
-        yield positions, _protocol_batch([images[i] for i in positions], boxes, labels, positions, cfg)
+        samples = [Sample(images[i], torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)) for i in positions]
+        yield positions, _protocol_batch(samples, positions, cfg)
 
 
 class _Part(NamedTuple):
@@ -152,11 +152,11 @@ class _TrainBatches(Dataset[Batch]):
         shared = _generator(self.seed, self.epoch, _PLAN, step)
         plan = self.transform.plan([self.dataset.size(i) for i in group], shared)
         plan = plan._replace(canvas=round_up(plan.canvas, self.pad_divisor))
-        images, boxes, labels = zip(*(self._sample(index, plan) for index in indices), strict=True)
+        samples = [self._sample(index, plan) for index in indices]
         return Batch(
-            images=pad_and_stack(images, *plan.canvas),
-            image_sizes=torch.tensor([image.shape[1:] for image in images]),
-            targets=_targets(boxes, labels),
+            images=pad_and_stack([sample.image for sample in samples], *plan.canvas),
+            image_sizes=torch.tensor([sample.image.shape[1:] for sample in samples]),
+            targets=_targets(samples),
             image_ids=[self.dataset.image_ids[i] for i in indices],
             original_sizes=torch.tensor([self.dataset.size(i) for i in indices]),
         )
@@ -176,10 +176,9 @@ class _EvalBatches(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         indices = self.batches[number]
-        records = [self.dataset.record(i) for i in indices]
-        boxes, labels = [record.boxes for record in records], [record.labels for record in records]
-        images = [self.dataset.image(i) for i in indices]
-        return _protocol_batch(images, boxes, labels, [record.image_id for record in records], self.cfg)
+        return _protocol_batch(
+            [self.dataset[i] for i in indices], [self.dataset.image_ids[i] for i in indices], self.cfg
+        )
 
 
 def _loader(batches: Dataset[Batch], num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
@@ -193,11 +192,20 @@ def _loader(batches: Dataset[Batch], num_workers: int, pin_memory: bool) -> Data
     )
 
 
-def _targets(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> list[Target]:
-    """One target per image, all in two blocks of memory: each block that a worker sends costs a file descriptor."""
-    counts = [len(rows) for rows in boxes]
-    pairs = zip(torch.cat(list(boxes)).split(counts), torch.cat(list(labels)).split(counts), strict=True)
-    return [Target(boxes=b, labels=n) for b, n in pairs]
+def _targets(samples: Sequence[Sample]) -> list[Target]:
+    """One target per image, all in few blocks of memory: each block that a worker sends costs a file descriptor."""
+    boxes, labels = _in_one_block([s.boxes for s in samples]), _in_one_block([s.labels for s in samples])
+    targets = [Target(boxes=b, labels=n) for b, n in zip(boxes, labels, strict=True)]
+    masks = [s.masks for s in samples if s.masks is not None]
+    if masks:
+        for target, of_image in zip(targets, _in_one_block(masks), strict=True):
+            target["masks"] = of_image
+    return targets
+
+
+def _in_one_block(tensors: Sequence[Tensor]) -> list[Tensor]:
+    parts = torch.cat([tensor.flatten() for tensor in tensors]).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _identity(item: T) -> T:
@@ -256,24 +264,24 @@ def _equal_canvas_batches(sizes: Sequence[tuple[int, int]], cfg: PretrainedCfg, 
     ]
 
 
-def _protocol_batch(
-    images: Sequence[Tensor],
-    boxes: Sequence[Tensor],
-    labels: Sequence[Tensor],
-    image_ids: list[int],
-    cfg: PretrainedCfg,
-) -> Batch:
-    """Resize images of equal canvas, and their boxes, by the cfg's protocol."""
-    original = [(image.shape[1], image.shape[2]) for image in images]
-    sizes = [protocol_size(h, w, cfg.short_side, cfg.long_side, cfg.rounding) for h, w in original]
-    resized = [
-        resize(image, *size, cfg.interpolation, cfg.antialias) for image, size in zip(images, sizes, strict=True)
-    ]
-    moved = [scale_boxes(*item) for item in zip(boxes, original, sizes, strict=True)]
+def _protocol_batch(samples: Sequence[Sample], image_ids: list[int], cfg: PretrainedCfg) -> Batch:
+    """Resize samples of equal canvas by the cfg's protocol."""
+    resized = [_to_protocol(sample, cfg) for sample in samples]
+    sizes = [(sample.image.shape[1], sample.image.shape[2]) for sample in resized]
     return Batch(
-        images=pad_and_stack(resized, *round_up(sizes[0], cfg.pad_divisor)),
+        images=pad_and_stack([sample.image for sample in resized], *round_up(sizes[0], cfg.pad_divisor)),
         image_sizes=torch.tensor(sizes),
-        targets=_targets(moved, labels),
+        targets=_targets(resized),
         image_ids=image_ids,
-        original_sizes=torch.tensor(original),
+        original_sizes=torch.tensor([sample.image.shape[1:] for sample in samples]),
+    )
+
+
+def _to_protocol(sample: Sample, cfg: PretrainedCfg) -> Sample:
+    image, boxes, labels, masks = sample
+    before = (image.shape[1], image.shape[2])
+    size = protocol_size(*before, cfg.short_side, cfg.long_side, cfg.rounding)
+    image = resize(image, *size, cfg.interpolation, cfg.antialias)
+    return Sample(
+        image, scale_boxes(boxes, before, size), labels, None if masks is None else resize_masks(masks, *size)
     )

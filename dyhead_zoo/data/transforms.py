@@ -1,7 +1,8 @@
-"""Resizing and augmentation: uint8 pictures (3, H, W), boxes (N, 4) xyxy in pixels, labels (N,).
+"""Resizing and augmentation of pictures (3, H, W) uint8 with boxes (N, 4) xyxy, labels (N,) and masks (N, H, W).
 
 Nothing here has state or touches a global random generator: the same ``torch.Generator`` state gives the same sample.
-Pictures stay uint8 and are resized once, after cropping, so that no pixel is computed that is not used.
+Pictures stay uint8 and are resized once, after cropping, so that no pixel is computed that is not used. Masks follow
+where there are any; boxes stay those of the annotations, cut at borders, whatever a crop has left of the mask.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-Sample = tuple[Tensor, Tensor, Tensor]
-"""``(image (3, H, W) uint8, boxes (N, 4) float32 xyxy, labels (N,) int64)``."""
+from dyhead_zoo.structures import Sample
 
 MIN_SIDE = 2.0
 """Boxes that augmentation has made narrower than this many pixels are dropped."""
@@ -117,6 +117,13 @@ def round_up(size: tuple[int, int], divisor: int) -> tuple[int, int]:
     return -(-size[0] // divisor) * divisor, -(-size[1] // divisor) * divisor
 
 
+def resize_masks(masks: Tensor, height: int, width: int) -> Tensor:
+    """Resize (N, H, W) bool to (N, height, width): pixels of which half or more is covered."""
+    if not len(masks):
+        return masks.new_zeros(0, height, width)
+    return resize(masks.to(torch.uint8) * 255, height, width) >= 128
+
+
 def scale_boxes(boxes: Tensor, from_size: tuple[int, int], to_size: tuple[int, int]) -> Tensor:
     """Boxes (N, 4) of a picture of (height, width) ``from_size``, after it was resized to ``to_size``."""
     scale = boxes.new_tensor([to_size[1] / from_size[1], to_size[0] / from_size[0]]).repeat(2)
@@ -127,29 +134,40 @@ def scale_boxes(boxes: Tensor, from_size: tuple[int, int], to_size: tuple[int, i
 # --------------------------------------------------------------------------------------------------- pure augmentations
 
 
-def flip_horizontal(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+def flip_horizontal(sample: Sample) -> Sample:
     """Mirror left and right."""
+    image, boxes, labels, masks = sample
     width = image.shape[2]
-    return image.flip(2), torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
+    boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
+    return Sample(image.flip(2), boxes, labels, None if masks is None else masks.flip(2))
 
 
-def clip_and_drop(boxes: Tensor, labels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Clip to the picture; drop what is narrower than ``MIN_SIDE`` or keeps less than ``MIN_VISIBLE`` of its area."""
+def clip_boxes(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Clip to the picture, and say what is worth keeping.
+
+    Returns:
+        The boxes (N, 4), and (N,) bool: neither narrower than ``MIN_SIDE`` nor left with less than ``MIN_VISIBLE`` of
+        the area.
+    """
     limit = boxes.new_tensor([width, height, width, height])
     clipped = torch.minimum(boxes, limit).clamp(min=0)
     sides, before = clipped[:, 2:] - clipped[:, :2], boxes[:, 2:] - boxes[:, :2]
-    keep = (sides >= MIN_SIDE).all(1) & (sides.prod(1) >= MIN_VISIBLE * before.prod(1))
-    return clipped[keep], labels[keep]
+    return clipped, (sides >= MIN_SIDE).all(1) & (sides.prod(1) >= MIN_VISIBLE * before.prod(1))
 
 
 def crop_and_resize(sample: Sample, window: tuple[int, int, int, int], height: int, width: int) -> Sample:
-    """Cut ``window`` = (top, left, height, width) out of the picture and resize it to (height, width)."""
-    image, boxes, labels = sample
+    """Cut ``window`` = (top, left, height, width) out of the picture and resize it to (height, width).
+
+    Objects of which too little is left are dropped, see ``clip_boxes``.
+    """
+    image, boxes, labels, masks = sample
     top, left, window_height, window_width = window
-    image = resize(image[:, top : top + window_height, left : left + window_width], height, width)
+    rows, columns = slice(top, top + window_height), slice(left, left + window_width)
     scale = boxes.new_tensor([width / window_width, height / window_height]).repeat(2)
-    boxes = (boxes - boxes.new_tensor([left, top, left, top])) * scale
-    return image, *clip_and_drop(boxes, labels, height, width)
+    boxes, keep = clip_boxes((boxes - boxes.new_tensor([left, top, left, top])) * scale, height, width)
+    if masks is not None:
+        masks = resize_masks(masks[:, rows, columns][keep], height, width)
+    return Sample(resize(image[:, rows, columns], height, width), boxes[keep], labels[keep], masks)
 
 
 def random_scale_crop(
@@ -165,7 +183,7 @@ def random_scale_crop(
     default the canvas: at 1 it just fits. What passes the canvas is cropped at a random place; a smaller picture stays
     small, so the result is at most as large as the canvas.
     """
-    height, width = sample[0].shape[1:]
+    height, width = sample.image.shape[1:]
     fit_height, fit_width = reference or canvas
     ratio = _uniform(generator, *scale) * min(fit_height / height, fit_width / width)
     top, window_height, out_height = _random_span(height, canvas[0], ratio, generator)
@@ -189,18 +207,21 @@ def mosaic(
     height, width = canvas
     centre_y = round(height * _uniform(generator, 0.3, 0.7))
     centre_x = round(width * _uniform(generator, 0.3, 0.7))
-    image = samples[0][0].new_full((3, height, width), FILL)
-    boxes, labels = [], []
+    image = samples[0].image.new_full((3, height, width), FILL)
+    parts = []
     for k, sample in enumerate(samples):
         top, bottom = (0, centre_y) if k < 2 else (centre_y, height)
         left, right = (0, centre_x) if k % 2 == 0 else (centre_x, width)
-        part, part_boxes, part_labels = random_scale_crop(
-            sample, (bottom - top, right - left), scale, generator, reference=canvas
-        )
-        image[:, top : top + part.shape[1], left : left + part.shape[2]] = part
-        boxes.append(part_boxes + part_boxes.new_tensor([left, top, left, top]))
-        labels.append(part_labels)
-    return image, torch.cat(boxes), torch.cat(labels)
+        part = random_scale_crop(sample, (bottom - top, right - left), scale, generator, reference=canvas)
+        rows, columns = slice(top, top + part.image.shape[1]), slice(left, left + part.image.shape[2])
+        image[:, rows, columns] = part.image
+        masks = None
+        if part.masks is not None:
+            masks = part.masks.new_zeros(len(part.masks), height, width)
+            masks[:, rows, columns] = part.masks
+        parts.append(part._replace(boxes=part.boxes + part.boxes.new_tensor([left, top, left, top]), masks=masks))
+    masks = torch.cat([p.masks for p in parts if p.masks is not None]) if parts[0].masks is not None else None
+    return Sample(image, torch.cat([p.boxes for p in parts]), torch.cat([p.labels for p in parts]), masks)
 
 
 def distort_colour(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -275,17 +296,13 @@ class StandardTrain:
 
     def __call__(self, source: Source, index: int, generator: torch.Generator, plan: BatchPlan | None = None) -> Sample:
         """One sample; without a plan the scale is drawn from the generator too."""
-        image, boxes, labels = source[index]
-        size = image.shape[1], image.shape[2]
+        sample = source[index]
+        size = sample.image.shape[1], sample.image.shape[2]
         short_side = plan.short_side if plan is not None else self.plan([size], generator).short_side
         if short_side is None:
             raise ValueError("this plan has no short_side: make it by StandardTrain.plan")
-        height, width = protocol_size(*size, short_side, self.long_side)
-        image = resize(image, height, width)
-        boxes, labels = clip_and_drop(scale_boxes(boxes, size, (height, width)), labels, height, width)
-        if _uniform(generator, 0, 1) < self.flip:
-            image, boxes = flip_horizontal(image, boxes)
-        return image, boxes, labels
+        sample = crop_and_resize(sample, (0, 0, *size), *protocol_size(*size, short_side, self.long_side))
+        return flip_horizontal(sample) if _uniform(generator, 0, 1) < self.flip else sample
 
 
 @dataclass(frozen=True)
@@ -322,14 +339,12 @@ class SmallDataTrain:
             others = [_integer(generator, len(source) - 1) for _ in range(3)]
             parts = [source[i] for i in (index, *others)]
             low, high = self.scale
-            image, boxes, labels = mosaic(parts, canvas, (low, max(low, min(high, 1.0))), generator)
+            sample = mosaic(parts, canvas, (low, max(low, min(high, 1.0))), generator)
         else:
-            image, boxes, labels = random_scale_crop(source[index], canvas, self.scale, generator)
+            sample = random_scale_crop(source[index], canvas, self.scale, generator)
         if _uniform(generator, 0, 1) < self.color:
-            image = distort_colour(image, generator)
-        if _uniform(generator, 0, 1) < self.flip:
-            image, boxes = flip_horizontal(image, boxes)
-        return image, boxes, labels
+            sample = sample._replace(image=distort_colour(sample.image, generator))
+        return flip_horizontal(sample) if _uniform(generator, 0, 1) < self.flip else sample
 
 
 def _check_probabilities(**probabilities: float) -> None:

@@ -27,10 +27,9 @@ from torch import distributed
 from dyhead_zoo.data.label_space import LabelSpace
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dyhead_zoo.data.coco import CocoDataset, ImageRecord
+    from dyhead_zoo.data.coco import CocoDataset
     from dyhead_zoo.detector import Detector
+    from dyhead_zoo.structures import Sample
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCOeval's twelve numbers, in its order."""
@@ -286,11 +285,8 @@ class _First:
     def size(self, index: int) -> tuple[int, int]:
         return self._dataset.size(index)
 
-    def record(self, index: int) -> ImageRecord:
-        return self._dataset.record(index)
-
-    def image(self, index: int) -> Tensor:
-        return self._dataset.image(index)
+    def __getitem__(self, index: int) -> Sample:
+        return self._dataset[index]
 
 
 def _make_cocoeval(

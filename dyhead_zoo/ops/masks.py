@@ -101,6 +101,12 @@ def encode_window(window: NDArray[np.bool_], top: int, left: int, height: int, w
     return Rle(size=[height, width], counts=coco_mask.frPyObjects(plain, height, width)["counts"].decode())
 
 
+def encode_box(box: Sequence[float], height: int, width: int) -> Rle:
+    """The RLE of all pixels that a box, xyxy within the picture, touches."""
+    left, top, right, bottom = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
+    return encode_window(np.ones((bottom - top, right - left), dtype=bool), top, left, height, width)
+
+
 def decode_counts(counts: Sequence[str], height: int, width: int) -> Tensor:
     """Compressed counts of N masks of a picture to (N, height, width) bool."""
     from pycocotools import mask as coco_mask
@@ -113,6 +119,8 @@ def decode_counts(counts: Sequence[str], height: int, width: int) -> Tensor:
 
 def compress_segmentation(segmentation: Any, height: int, width: int) -> str | None:
     """Compressed counts of an annotation's ``segmentation``: polygons, or an RLE in either form.
+
+    Polygons of less than three points mark nothing.
 
     Returns:
         The counts, or None if no pixel is marked.
@@ -127,7 +135,10 @@ def compress_segmentation(segmentation: Any, height: int, width: int) -> str | N
     if isinstance(segmentation, list):
         for polygon in segmentation:
             _check_polygon(polygon)
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        areas = [polygon for polygon in segmentation if len(polygon) >= 6]  # pycocotools takes four numbers for a box
+        if not areas:
+            return None
+        rle = coco_mask.merge(coco_mask.frPyObjects(areas, height, width))
     elif isinstance(segmentation, dict):
         rle = _compressed(segmentation, height, width)
     else:
@@ -138,8 +149,8 @@ def compress_segmentation(segmentation: Any, height: int, width: int) -> str | N
 def _check_polygon(polygon: Any) -> None:
     if not isinstance(polygon, list) or not all(type(v) in (int, float) for v in polygon):
         raise ValueError(f"polygon {polygon!r:.80} must be a list of numbers: x, y, x, y, ...")
-    if len(polygon) < 6 or len(polygon) % 2:
-        raise ValueError(f"polygon {polygon!r:.80} has {len(polygon)} numbers: at least three points of two are needed")
+    if len(polygon) % 2:
+        raise ValueError(f"polygon {polygon!r:.80} has {len(polygon)} numbers, not an x and a y for each point")
     if not all(abs(v) < 2**24 for v in polygon):
         raise ValueError(f"polygon {polygon!r:.80} has coordinates that are not finite, or no place in any picture")
 

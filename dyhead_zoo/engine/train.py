@@ -141,7 +141,13 @@ def train(
     _set_protocol(detector, config)
     detector.pretrained_cfg = detector.pretrained_cfg.without_claims()  # they were of the weights it starts from
     with joined_processes(config.device) as processes:
-        dataset = CocoDataset(images, annotations, label_space=detector.label_space, cache=config.cache_images)
+        dataset = CocoDataset(
+            images,
+            annotations,
+            label_space=detector.label_space,
+            cache=config.cache_images,
+            masks=detector.wants_masks,
+        )
         run = _Run(Learner(detector, config, processes), dataset, validation, Path(output))
         run.open(resume)
         with StopRequest() as stop:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet
 
-from dyhead_zoo import Detector, create_detector
+from dyhead_zoo import Detector, create_detector, get_pretrained_cfg
 from dyhead_zoo.convert import detectron2, mmdet, torchvision
 from dyhead_zoo.convert.torchvision import convert_torchvision
 from dyhead_zoo.weights import detect_source
@@ -109,9 +109,8 @@ def torchvision_keys(build: Callable[..., torch.nn.Module], old: bool) -> Shapes
         return shapes
     renamed = {}
     for key, shape in shapes.items():
-        key = re.sub(r"(inner_blocks|layer_blocks)\.(\d)\.0", r"\1.\2", key).replace(
-            "rpn.head.conv.0.0", "rpn.head.conv"
-        )
+        key = re.sub(r"(inner_blocks|layer_blocks)\.(\d)\.0", r"\1.\2", key)
+        key = key.replace("rpn.head.conv.0.0", "rpn.head.conv")
         key = re.sub(r"mask_head\.(\d)\.0", lambda m: f"mask_head.mask_fcn{int(m[1]) + 1}", key)
         renamed[key] = shape
     return {key: shape for key, shape in renamed.items() if "num_batches" not in key}
@@ -121,7 +120,7 @@ def check_published_keys(name: str, keys: Shapes) -> None:
     """Every key of a checkpoint has its place in the detector, and the detector needs no other."""
     with torch.device("meta"):
         detector = create_detector(name)
-    source = detector.pretrained_cfg.source
+    source = get_pretrained_cfg(name).source
     assert detect_source(keys) == source
     converted = CONVERTERS[source]({key: torch.empty(shape, device="meta") for key, shape in keys.items()})
     found = {key: tuple(value.shape) for key, value in converted.tensors.items()}
@@ -151,7 +150,8 @@ def beside_torchvision(build: Callable[..., torch.nn.Module], name: str) -> tupl
         scores, boxes = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, region, [(96, 160)])))
         heads.box_predictor.cls_score.weight.div_(scores.std())
         heads.box_predictor.bbox_pred.weight.div_(2 * boxes.std())
-    ours = create_detector(name, num_classes=4, unused_rows=0, samples=(10**6, 10**6))
+    theirs.rpn._post_nms_top_n = {"training": 80, "testing": 60}  # the default thousands take their time
+    ours = create_detector(name, num_classes=4, unused_rows=0, samples=(10**6, 10**6), proposals=(80, 60))
     ours.load_state_dict(convert_torchvision(theirs.state_dict()))
     for sampler in (theirs.rpn.fg_bg_sampler, theirs.roi_heads.fg_bg_sampler):
         sampler.batch_size_per_image = 10**6

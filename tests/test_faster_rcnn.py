@@ -139,7 +139,7 @@ def test_losses_draw_by_torchs_generator():
 
     def total(seed):
         torch.manual_seed(seed)
-        return float(sum(detector.loss(raw, target).values()))
+        return sum(detector.loss(raw, target).values()).item()
 
     assert total(1) == total(1) != total(2)
 

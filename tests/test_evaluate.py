@@ -216,7 +216,7 @@ class BrightnessDetector(nn.Module):
         super().__init__()
         self.name, self.label_space, self.label = "brightness", label_space, label
         self.pretrained_cfg = PretrainedCfg(short_side=64, long_side=128)
-        self.device = torch.device("cpu")
+        self.device, self.wants_masks = torch.device("cpu"), False
         self.frozen = nn.BatchNorm2d(1).eval()
         self.modes: list[bool] = []
 

@@ -1,16 +1,19 @@
-"""Pictures of detections: boxes in the colour of their class, labels that can be read at any image size."""
+"""Pictures of detections: boxes and masks in the colour of their class, labels that can be read at any image size."""
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dyhead_zoo.ops.masks import mask_windows
 from dyhead_zoo.structures import Detections
 
 _GOLDEN_ANGLE = 0.381966  # of a turn; successive multiples never come close to one another
 _MIN_FONT_SIZE = 11
+_MASK_OPACITY = 0.45
 
 
 def class_color(label: int) -> tuple[int, int, int]:
@@ -24,10 +27,11 @@ def draw_detections(image: Image.Image, detections: Detections, names: Sequence[
 
     Args:
         image: of any mode; the result is RGB of the same size.
-        detections: boxes in pixels of ``image``.
+        detections: boxes in pixels of ``image``; masks, if there are any, are painted translucently.
         names: class name of each label.
     """
     picture = image.convert("RGB")  # always a copy, so that the caller's image stays clean
+    _paint_masks(picture, detections)
     canvas = ImageDraw.Draw(picture)
     short_side = min(picture.size)
     line = max(2, round(short_side / 200))
@@ -40,6 +44,17 @@ def draw_detections(image: Image.Image, detections: Detections, names: Sequence[
     for box, score, label in reversed(rows):  # after all boxes: no line may cross a text
         _draw_label(canvas, picture.size, box, f"{names[label]} {score:.2f}", class_color(label), font)
     return picture
+
+
+def _paint_masks(picture: Image.Image, detections: Detections) -> None:
+    if detections.masks is None:
+        return
+    masks, boxes = detections.masks.flip(0).cpu(), detections.boxes.flip(0).cpu()
+    windows = mask_windows(masks, boxes, picture.height, picture.width)
+    for (top, left, values), label in zip(windows, reversed(detections.labels.tolist()), strict=True):
+        if values.numel():
+            opacity = (values >= 0.5).numpy() * np.uint8(255 * _MASK_OPACITY)
+            picture.paste(class_color(label), (left, top), Image.fromarray(opacity))
 
 
 def _ordered(box: Sequence[float]) -> tuple[float, float, float, float]:

@@ -1,4 +1,4 @@
-"""COCO box metrics: run a detector over a COCO-format data set, and score any list of COCO results records.
+"""COCO metrics: run a detector over a COCO-format data set, and score any list of COCO results records.
 
 The numbers are those of COCOeval (https://github.com/cocodataset/cocoapi): IoU .50:.05:.95, at most 100 detections per
 image, areas split at 32 x 32 and 96 x 96. pycocotools is the reference; hotcoco, where it is installed, computes the
@@ -25,6 +25,7 @@ import torch
 from torch import distributed
 
 from dyhead_zoo.data.label_space import LabelSpace
+from dyhead_zoo.ops.masks import Rle, compress_segmentation, encode_box, mask_area
 
 if TYPE_CHECKING:
     from dyhead_zoo.data.coco import CocoDataset
@@ -33,8 +34,12 @@ if TYPE_CHECKING:
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCOeval's twelve numbers, in its order."""
+MASK_METRIC_NAMES = tuple(f"mask_{name}" for name in METRIC_NAMES)
+"""The same for masks."""
 
 Backend = Literal["auto", "pycocotools", "hotcoco"]
+Overlap = Literal["bbox", "segm"]
+"""What IoU is computed of: boxes, or masks."""
 Record = dict[str, Any]
 
 
@@ -43,9 +48,10 @@ class EvalResult:
     """What ``evaluate`` found; ``engine.record.evaluation_record`` makes of it what is kept and published.
 
     Attributes:
-        metrics: ``METRIC_NAMES`` to figures in 0..1; NaN where the data set holds nothing to measure it on.
+        metrics: ``METRIC_NAMES`` to figures in 0..1; NaN where the data set holds nothing to measure it on. If the
+            detector makes masks and the file has segmentations, ``MASK_METRIC_NAMES`` too.
         per_class: one dict per category of the file: ``name``, ``category_id``, ``AP``, ``AP50`` (NaN without ground
-            truth) and ``num_gts`` (crowd regions not counted).
+            truth), ``num_gts`` (crowd regions not counted), and with masks ``mask_AP``, ``mask_AP50``.
         predictions: COCO results records, with the category ids of the file.
         num_images: images that were evaluated.
         seconds: wall time of the predictions, images read and resized included; scoring is not.
@@ -64,12 +70,13 @@ class EvalResult:
     unknown_classes: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """A table for the terminal: the twelve numbers in percent, then what they were measured on."""
+        """A table for the terminal: the numbers in percent, then what they were measured on."""
         rows = []
-        for start in range(0, len(METRIC_NAMES), 6):
-            names = METRIC_NAMES[start : start + 6]
-            rows.append("".join(f"{name:>8}" for name in names))
-            rows.append("".join(f"{_percent(self.metrics[name]):>8}" for name in names))
+        names = [*METRIC_NAMES, *(name for name in MASK_METRIC_NAMES if name in self.metrics)]
+        for start in range(0, len(names), 6):
+            width = 8 if start < len(METRIC_NAMES) else 13
+            rows.append("".join(f"{name:>{width}}" for name in names[start : start + 6]))
+            rows.append("".join(f"{_percent(self.metrics[name]):>{width}}" for name in names[start : start + 6]))
         speed = self.num_images / self.seconds if self.seconds > 0 else math.inf
         rows.append(
             f"{self.num_images} images, {sum(c['num_gts'] for c in self.per_class)} objects, "
@@ -90,7 +97,7 @@ def evaluate(
     progress: bool = True,
     backend: Backend = "auto",
 ) -> EvalResult:
-    """Average precision of a detector on a COCO-format data set.
+    """Average precision of a detector on a COCO-format data set: of its boxes, and of its masks where there are any.
 
     Classes are matched by name. Objects of a category that the detector does not know count as misses (and are named
     in a warning); detections of a class that the file does not list are dropped. In a distributed job every process
@@ -129,6 +136,14 @@ def evaluate(
     )
     seconds = time.perf_counter() - start
     metrics, per_class = coco_metrics(content, predictions, image_ids=dataset.image_ids, backend=backend)
+    if detector.wants_masks and any(annotation.get("segmentation") for annotation in content["annotations"]):
+        of_masks, rows = coco_metrics(
+            content, predictions, image_ids=dataset.image_ids, backend=backend, overlap="segm"
+        )
+        metrics |= {f"mask_{name}": value for name, value in of_masks.items()}
+        per_class = [
+            {**row, "mask_AP": mask["AP"], "mask_AP50": mask["AP50"]} for row, mask in zip(per_class, rows, strict=True)
+        ]
     return EvalResult(
         metrics=metrics,
         per_class=per_class,
@@ -156,7 +171,8 @@ def predict_dataset(
     processes counts once.
 
     Returns:
-        records ``image_id, category_id, bbox (xywh, pixels of the original image), score``, by image id, best first.
+        records ``image_id, category_id, bbox (xywh, pixels of the original image), score`` and, of detectors that make
+        masks, ``segmentation`` (compressed RLE); by image id, best first.
     """
     from tqdm.auto import tqdm
 
@@ -172,8 +188,9 @@ def predict_dataset(
             found = detector.decode(detector(batch.images.to(detector.device), batch.image_sizes.to(detector.device)))
             sizes = zip(batch.image_sizes.tolist(), batch.original_sizes.tolist(), strict=True)
             for image_id, detections, (from_size, to_size) in zip(batch.image_ids, found, sizes, strict=True):
-                detections = detections.above(score_threshold).rescale(tuple(from_size), tuple(to_size))
-                by_image[image_id] = _to_records(detections.to_coco(image_id, detector.label_space), to_category)
+                size = tuple(to_size)
+                detections = detections.above(score_threshold).rescale(tuple(from_size), size)
+                by_image[image_id] = _to_records(detections.to_coco(image_id, detector.label_space, size), to_category)
     by_image = _merge_ranks(by_image, world_size)
     return [record for image_id in sorted(by_image) for record in by_image[image_id]]
 
@@ -184,25 +201,30 @@ def coco_metrics(
     *,
     image_ids: Collection[int] | None = None,
     backend: Backend = "auto",
+    overlap: Overlap = "bbox",
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """COCOeval's box metrics of any results records, whatever made them.
+    """COCOeval's metrics of any results records, whatever made them.
 
-    Fields that hand-made files leave out are filled in: ``iscrowd`` is 0, ``area`` is that of the box. Annotations are
-    renumbered from 1, since COCOeval takes the id 0 for "no match".
+    Fields that hand-made files leave out are filled in: ``iscrowd`` is 0, ``area`` is that of the box or, for masks,
+    that of the mask, which in turn is the box where there is none. Annotations are renumbered from 1, since COCOeval
+    takes the id 0 for "no match".
 
     Args:
         annotations: COCO-format file or its content.
-        predictions: ``image_id, category_id, bbox (xywh), score`` each; may be empty.
+        predictions: ``image_id, category_id, bbox (xywh), score`` each, or for masks ``segmentation`` (RLE) instead of
+            ``bbox``, which is then not looked at; may be empty.
         image_ids: evaluate these images only; None for all of the file.
         backend: see ``evaluate``.
+        overlap: compare boxes (``"bbox"``) or masks (``"segm"``).
 
     Returns:
-        ``metrics`` and ``per_class`` as in ``EvalResult``.
+        Figures by ``METRIC_NAMES``, and ``per_class`` as in ``EvalResult``.
 
     Raises:
-        ValueError: for a file that is not in COCO format, or predictions on images that it does not list.
+        ValueError: for a file that is not in COCO format, predictions on images that it does not list, or masks that
+            are missing from predictions or malformed.
     """
-    ground_truth, evaluator = _make_cocoeval(annotations, predictions, image_ids, backend)
+    ground_truth, evaluator = _make_cocoeval(annotations, predictions, image_ids, backend, overlap)
     with contextlib.redirect_stdout(io.StringIO()):  # COCOeval prints its progress
         evaluator.evaluate()
         evaluator.accumulate()
@@ -294,6 +316,7 @@ def _make_cocoeval(
     predictions: Sequence[Mapping[str, Any]],
     image_ids: Collection[int] | None,
     backend: Backend,
+    overlap: Overlap = "bbox",
 ) -> tuple[dict[str, Any], Any]:
     """The completed ground truth, and a COCOeval of either package that is ready to run."""
     content = annotations if isinstance(annotations, Mapping) else read_annotations(annotations)
@@ -303,14 +326,18 @@ def _make_cocoeval(
             f"predictions for image ids {stray} that the annotation file does not list: is it the right file?"
         )
     kept = set(ids) if image_ids is None else set(ids) & set(image_ids)
-    ground_truth = _complete(content, kept)
-    records = [dict(p) for p in predictions if p["image_id"] in kept]  # copies: loadRes writes into its records
+    ground_truth = _complete(content, kept, overlap)
+    fields = ("image_id", "category_id", "score", {"bbox": "bbox", "segm": "segmentation"}[overlap])
+    if lacking := [p for p in predictions if fields[-1] not in p][:1]:
+        raise ValueError(f"{overlap}: prediction {lacking[0]!r:.200} has no {fields[-1]!r}")
+    # copies, since loadRes writes into its records; of masks without the box, of which it would take the area
+    records = [{key: p[key] for key in fields} for p in predictions if p["image_id"] in kept]
     with contextlib.redirect_stdout(io.StringIO()):
         if resolve_backend(backend) == "hotcoco":
             import hotcoco
 
             truth = hotcoco.COCO(ground_truth)
-            evaluator = hotcoco.COCOeval(truth, truth.loadRes(records), "bbox")
+            evaluator = hotcoco.COCOeval(truth, truth.loadRes(records), overlap)
         else:
             from pycocotools import coco, cocoeval
 
@@ -318,29 +345,51 @@ def _make_cocoeval(
             truth.dataset = ground_truth
             truth.createIndex()
             found = truth.loadRes(records) if records else coco.COCO()  # loadRes raises IndexError on an empty list
-            evaluator = cocoeval.COCOeval(truth, found, "bbox")
+            evaluator = cocoeval.COCOeval(truth, found, overlap)
     evaluator.params.imgIds = sorted(kept)
     return ground_truth, evaluator
 
 
-def _complete(content: Mapping[str, Any], image_ids: set[int]) -> dict[str, Any]:
+def _complete(content: Mapping[str, Any], image_ids: set[int], overlap: Overlap) -> dict[str, Any]:
     """The ground truth of some images with every field that COCOeval reads, and nothing else."""
+    images = {image["id"]: image for image in content["images"] if image["id"] in image_ids}
     annotations = []
-    for number, annotation in enumerate((a for a in content["annotations"] if a["image_id"] in image_ids), start=1):
+    for number, annotation in enumerate((a for a in content["annotations"] if a["image_id"] in images), start=1):
         area = annotation.get("area")
         _, _, width, height = annotation["bbox"]
-        annotations.append(
-            {
-                "id": number,
-                "image_id": annotation["image_id"],
-                "category_id": annotation["category_id"],
-                "bbox": annotation["bbox"],
-                "area": width * height if area is None else area,
-                "iscrowd": annotation.get("iscrowd", 0),
-            }
-        )
-    images = [image for image in content["images"] if image["id"] in image_ids]
-    return {"images": images, "annotations": annotations, "categories": list(content["categories"])}
+        complete = {
+            "id": number,
+            "image_id": annotation["image_id"],
+            "category_id": annotation["category_id"],
+            "bbox": annotation["bbox"],
+            "area": width * height if area is None else area,
+            "iscrowd": annotation.get("iscrowd", 0),
+        }
+        if overlap == "segm":
+            complete["segmentation"] = _segmentation(annotation, images[annotation["image_id"]])
+            if area is None:
+                complete["area"] = mask_area(complete["segmentation"])
+        annotations.append(complete)
+    return {"images": list(images.values()), "annotations": annotations, "categories": list(content["categories"])}
+
+
+def _segmentation(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> Rle:
+    """The mask of an annotation, or its box where it has none; the reader of training data does the same."""
+    try:
+        size = int(image["height"]), int(image["width"])
+        counts = compress_segmentation(annotation.get("segmentation"), *size)
+    except KeyError as error:
+        raise ValueError(f"image id {image['id']} has no {error}, which masks need") from error
+    except ValueError as error:
+        raise ValueError(f"annotation id {annotation.get('id')}, image id {image['id']}: {error}") from error
+    if counts is not None:
+        return Rle(size=list(size), counts=counts)
+    x, y, width, height = annotation["bbox"]
+    (x1, x2), (y1, y2) = (
+        sorted(min(max(v, 0), limit) for v in edges)
+        for edges, limit in (((x, x + width), size[1]), ((y, y + height), size[0]))
+    )
+    return encode_box((x1, y1, x2, y2), *size)
 
 
 def _per_class(evaluator: Any, categories: list[dict[str, Any]], counts: Counter[int]) -> list[dict[str, Any]]:

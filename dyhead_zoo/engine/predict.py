@@ -1,4 +1,4 @@
-"""Detect objects in picture files: annotated copies, and one JSON file with all boxes."""
+"""Detect objects in picture files: annotated copies, and one JSON file with all boxes and masks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dyhead_zoo.engine.checkpoint import write_text
 from dyhead_zoo.engine.draw import draw_detections
+from dyhead_zoo.ops.masks import mask_area
 
 if TYPE_CHECKING:
     from dyhead_zoo.detector import Detector
@@ -34,7 +35,7 @@ class PredictedFiles:
         images: COCO-style ``id, file_name, width, height`` of each picture read, with ``picture``: the annotated copy.
         categories: ``id, name`` of the detector's classes.
         annotations: COCO results records, which are annotations too: ``id, image_id, category_id, bbox (xywh in pixels
-            of the file), area, iscrowd, score``.
+            of the file), area, iscrowd, score``, and ``segmentation`` (compressed RLE) if the detector makes masks.
         failed: file to reason, of those that could not be read.
     """
 
@@ -48,7 +49,8 @@ class PredictedFiles:
         self.images.append(image)
         for record in records:
             _, _, width, height = record["bbox"]
-            numbered = {"id": len(self.annotations) + 1, **record, "area": width * height, "iscrowd": 0}
+            area = mask_area(record["segmentation"]) if "segmentation" in record else width * height
+            numbered = {"id": len(self.annotations) + 1, **record, "area": area, "iscrowd": 0}
             self.annotations.append(numbered)
 
     def to_json(self) -> str:
@@ -210,7 +212,7 @@ def _add(
     entry = {"id": image_id, "file_name": str(path), "width": width, "height": height}
     if picture is not None:
         entry["picture"] = picture
-    result.add(entry, detections.to_coco(image_id, detector.label_space))
+    result.add(entry, detections.to_coco(image_id, detector.label_space, (height, width)))
 
 
 def _draw(image: Tensor, detections: Detections, names: Sequence[str], path: Path) -> None:

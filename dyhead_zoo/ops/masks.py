@@ -107,6 +107,13 @@ def encode_box(box: Sequence[float], height: int, width: int) -> Rle:
     return encode_window(np.ones((bottom - top, right - left), dtype=bool), top, left, height, width)
 
 
+def mask_area(rle: Rle) -> int:
+    """Number of pixels."""
+    from pycocotools import mask as coco_mask
+
+    return int(coco_mask.area(rle))
+
+
 def decode_counts(counts: Sequence[str], height: int, width: int) -> Tensor:
     """Compressed counts of N masks of a picture to (N, height, width) bool."""
     from pycocotools import mask as coco_mask

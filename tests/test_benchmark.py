@@ -60,6 +60,16 @@ def test_one_turn_has_no_quartiles() -> None:
         run_benchmark([], 1)
 
 
+def test_an_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    work = {"a": lambda: torch.zeros(9), "b": lambda: torch.zeros(9), "stop": stop}
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark([Case("x", work, (("a", "b"), ("a", "stop")))], 2, tmp_path / "rows.csv")
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 2
+
+
 def test_unknown_benchmarks_are_named() -> None:
     with pytest.raises(ValueError, match="unknown benchmark 'ops': choose op, head"):
         benchmark_cases.cases("ops")

@@ -60,7 +60,7 @@ def run_benchmark(
     Args:
         cases: from ``benchmark_cases``; made one at a time.
         reps: turns of each pair, after one to warm up.
-        csv: also write the rows to this file, with the machine and the versions.
+        csv: also write the rows to this file, with the machine and the versions; those known so far if interrupted.
         threads: of PyTorch.
 
     Raises:
@@ -84,8 +84,8 @@ def run_benchmark(
                 rows.append(row)
     finally:
         torch.set_num_threads(before)
-    if csv is not None:
-        _write_csv(rows, Path(csv), threads)
+        if csv is not None and rows:
+            _write_csv(rows, Path(csv), threads)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``dyhead-zoo list | info | predict | eval | train | explain | benchmark | push | pull``.
+"""The command line: ``dyhead-zoo list | info | predict | eval | train | explain | import | benchmark | push | pull``.
 
 Each verb is one function that takes the parsed arguments. Nothing heavy is imported before a verb runs, so that
 ``--help`` answers at once.
@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_eval,
         _add_train,
         _add_explain,
+        _add_import,
         _add_benchmark,
         _add_push,
         _add_pull,
@@ -396,6 +397,37 @@ def run_explain(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     print(explanation.summary())
+    return 0
+
+
+# -- import -----------------------------------------------------------------------------------------------------------
+
+
+def _add_import(verbs: Any) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(
+        "import",
+        help="convert a checkpoint of mmdetection, detectron2 or torchvision",
+        description="Convert a one-stage detector that was trained with another library into a saved detector. Family, "
+        "backbone and number of classes are told by its keys; what they do not tell is said, and --as decides it.",
+    )
+    verb.add_argument("path", type=Path, metavar="PATH", help=".pth, .pt, .bin, .pkl or .safetensors")
+    verb.add_argument("--as", dest="name", metavar="NAME", help="what it is: a family, a detector, or name.tag")
+    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the saved detector")
+    verb.add_argument("--class-names", type=_names, metavar="A,B,..", help="default: those that the file names")
+    verb.add_argument("--license", metavar="ID", help="of the weights, such as apache-2.0")
+    verb.set_defaults(run=run_import)
+    return verb
+
+
+def run_import(args: argparse.Namespace) -> int:
+    """Convert a checkpoint, and say how its nature was told."""
+    from dyhead_zoo import save_for_hub
+    from dyhead_zoo.convert.guess import import_checkpoint
+
+    detector, guess = import_checkpoint(args.path, args.name, class_names=args.class_names)
+    print(guess.summary())
+    folder = save_for_hub(detector, args.output, license=args.license)
+    print(f"saved: create_detector('local-dir:{folder}')")
     return 0
 
 

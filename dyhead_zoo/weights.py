@@ -36,10 +36,13 @@ __all__ = [
     "ClassRows",
     "LoadReport",
     "check_shapes",
+    "classes_in",
+    "convert_state_dict",
     "fetch",
     "load_checkpoint",
     "read_state_dict",
     "sha256_of",
+    "stated_labels",
     "write_safetensors",
 ]
 
@@ -91,6 +94,23 @@ def detect_source(keys: Iterable[str]) -> str:
     )
 
 
+def convert_state_dict(tensors: Mapping[str, Tensor], source: str = "auto") -> tuple[str, Conversion]:
+    """The layout of a state dict, and what becomes of it in ours.
+
+    Args:
+        tensors: foreign keys to tensors; not changed.
+        source: see ``load_checkpoint``.
+
+    Raises:
+        CheckpointError: for keys of no known layout, or that its converter does not know.
+        ValueError: for an unknown ``source``.
+    """
+    layout = detect_source(tensors) if source == "auto" else source
+    if layout not in _CONVERTERS:
+        raise ValueError(f"source={source!r}: expected auto, {', '.join(_CONVERTERS)}")
+    return layout, _CONVERTERS[layout](tensors)
+
+
 # --- classes ----------------------------------------------------------------------------------------------------------
 
 
@@ -120,8 +140,15 @@ class ClassRows:
         return torch.tensor([group * per_group + row for group in range(self.groups) for row in rows])
 
 
-def _classes_in(tensors: Mapping[str, Tensor], rows: Mapping[str, ClassRows]) -> int | None:
-    """Number of classes that the classifier of a checkpoint has; None if it has no classifier."""
+def classes_in(tensors: Mapping[str, Tensor], rows: Mapping[str, ClassRows]) -> int | None:
+    """Number of classes that the classifier of a checkpoint has, by the layout of its parameters' rows.
+
+    Returns:
+        The number; None if it has no classifier.
+
+    Raises:
+        CheckpointError: if the parameters do not agree.
+    """
     counts = {key: layout.num_classes(len(tensors[key])) for key, layout in rows.items() if key in tensors}
     if len(set(counts.values())) > 1 or None in counts.values():
         lines = (
@@ -134,8 +161,12 @@ def _classes_in(tensors: Mapping[str, Tensor], rows: Mapping[str, ClassRows]) ->
     return next(iter(counts.values()), None)
 
 
-def _stated_labels(metadata: Mapping[str, Any], argument: LabelSpace | None) -> LabelSpace | None:
-    """Label space of a checkpoint: its own record in our files, what the caller knows, the names in mmdet's files."""
+def stated_labels(metadata: Mapping[str, Any], argument: LabelSpace | None) -> LabelSpace | None:
+    """Label space of a checkpoint: its own record in our files, what the caller knows, the names in mmdet's files.
+
+    Raises:
+        CheckpointError: for a record that cannot be read.
+    """
     try:
         if "label_space" in metadata:
             return LabelSpace.from_dict(json.loads(metadata["label_space"]))
@@ -269,15 +300,12 @@ def _load(
     label_space: LabelSpace | None,
     strict: bool,
 ) -> LoadReport:
-    layout = detect_source(tensors) if source == "auto" else source
-    if layout not in _CONVERTERS:
-        raise ValueError(f"source={source!r}: expected auto, {', '.join(_CONVERTERS)}")
-    conversion = _CONVERTERS[layout](tensors)
+    layout, conversion = convert_state_dict(tensors, source)
     new, expected, ours = conversion.tensors, model.state_dict(), model.label_space
     rows = {f"head.{key}": value for key, value in cast("Head", model.head).class_rows().items()}
     copied: tuple[str, ...] = ()
-    if count := _classes_in(new, rows):
-        theirs = _agreed_labels(_stated_labels(metadata, label_space), count, ours)
+    if count := classes_in(new, rows):
+        theirs = _agreed_labels(stated_labels(metadata, label_space), count, ours)
         copied = _rehead(new, expected, rows, theirs, ours)
     missing = tuple(key for key in expected if key not in new)
     unused = tuple(key for key in new if key not in expected)

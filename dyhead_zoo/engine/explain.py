@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dyhead_zoo.data import CocoDataset
 from dyhead_zoo.data.transforms import protocol_size, round_up, scale_boxes
-from dyhead_zoo.detector import Detector, RawOutput
+from dyhead_zoo.detector import Detector
 from dyhead_zoo.layers.backbone import Backbone
 from dyhead_zoo.layers.fpn import DyHeadNeck
 from dyhead_zoo.layers.targets import Assignment
@@ -40,9 +40,17 @@ _MAX_CLASSES = 16
 
 
 class AssigningHead(Protocol):
-    """What is asked of a head here: that its assignment can be had without its loss."""
+    """What is asked of a head here: that its assignment can be had without its outputs and its loss."""
 
     def assign(self, raw: Any, targets: list[Target]) -> Assignment: ...
+
+
+class Maps(NamedTuple):
+    """As much of a raw output as assignments look at: of the class logits the height and width only."""
+
+    cls_logits: tuple[Tensor, ...]
+    image_sizes: Tensor
+    canvas: tuple[int, int]
 
 
 class Assigner:
@@ -67,7 +75,7 @@ class Assigner:
             if isinstance(module, Backbone):
                 module.full_precision = False  # it would ask for autocast, which the meta device lacks
         cast(DyHeadNeck, self._shadow.neck).dyhead = None  # its maps have the sizes of those that it is given
-        self._raw: dict[tuple[int, int], Any] = {}
+        self._known: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a picture after resizing."""
@@ -81,23 +89,18 @@ class Assigner:
             boxes: (N, 4) xyxy, in pixels after resizing.
         """
         canvas = round_up(size, self.cfg.pad_divisor)
-        if canvas not in self._raw:
-            self._raw[canvas] = self._outputs(canvas)
-        raw = self._raw[canvas]._replace(image_sizes=torch.tensor([size]))
+        if canvas not in self._known:
+            self._known[canvas] = self._maps(canvas)
+        raw = Maps(self._known[canvas], torch.tensor([size]), canvas)
         target: Target = {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
         return cast(AssigningHead, self._shadow.head).assign(raw, [target])
 
     @torch.no_grad()
-    def _outputs(self, canvas: tuple[int, int]) -> RawOutput:
-        """Raw outputs for one picture that fills a canvas, all zeros; they take no memory."""
-        images = torch.empty(1, self._shadow.in_chans, *canvas, dtype=torch.uint8, device="meta")
-        raw: Any = self._shadow(images)
-        maps = {
-            name: tuple(torch.zeros(()).expand(x.shape) for x in field)
-            for name, field in raw._asdict().items()
-            if isinstance(field, tuple) and isinstance(field[0], Tensor)
-        }
-        return cast(RawOutput, raw._replace(**maps))
+    def _maps(self, canvas: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Maps (1, 1, H_l, W_l) of the levels for one picture that fills a canvas; they take no memory."""
+        images = torch.empty(1, self._shadow.in_chans, *canvas, device="meta")
+        levels = self._shadow.neck(self._shadow.backbone(images))
+        return tuple(torch.zeros(()).expand(1, 1, *level.shape[2:]) for level in levels)
 
 
 class Objects(NamedTuple):
@@ -422,8 +425,8 @@ def _level_row(row: dict[str, Any]) -> list[str]:
 
 
 def _ends(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The most frequent and the rarest classes."""
-    half = _MAX_CLASSES // 2
+    """The most frequent and the rarest classes, of those that have objects."""
+    half, classes = _MAX_CLASSES // 2, [row for row in classes if row["objects"]]
     return classes if len(classes) <= _MAX_CLASSES else classes[:half] + classes[-half:]
 
 

@@ -12,7 +12,9 @@ from dyhead_zoo.structures import Target
 
 
 class Assignment(NamedTuple):
-    """Which anchors or points learn which object, as the ``assign`` of one-stage heads says.
+    """Which anchors or points learn which object, as ``assign(raw, targets)`` of one-stage heads says.
+
+    It depends on no prediction: of ``raw`` it looks at the sizes of the maps, ``image_sizes`` and ``canvas`` only.
 
     Attributes:
         places: of each level, fine to coarse, in pixels of the canvas: anchors (P_l, 4) xyxy, or points (P_l, 2), x

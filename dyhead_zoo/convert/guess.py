@@ -1,0 +1,346 @@
+"""A user's own checkpoint of another library to a detector: which one it is, told by its keys and shapes.
+
+Keys tell the family, the backbone, the number of classes and the like. They do not tell how pictures are resized and
+normalised, nor switches without parameters; those are taken from published weights of the same family and library.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor
+
+from dyhead_zoo import registry
+from dyhead_zoo.convert import CheckpointError, Conversion, listing
+from dyhead_zoo.data.label_space import COCO_80, LabelSpace
+from dyhead_zoo.detector import Detector, Head
+from dyhead_zoo.layers.backbone import ALIASES
+from dyhead_zoo.pretrained import PretrainedCfg
+from dyhead_zoo.saved import saved_config
+from dyhead_zoo.weights import check_shapes, classes_in, convert_state_dict, read_state_dict, stated_labels
+
+_MARKS = (
+    ("borderdet", "head.border_logits.weight"),
+    ("fcos", "head.box_distances.weight"),
+    ("reppoints", "head.refine_conv.weight"),
+    ("atss", "head.centerness.weight"),
+    ("retinanet", "head.box_deltas.weight"),
+)
+"""Families, and a key by which the first that has it is told."""
+
+_BODIES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x4d", "resnext101_64x4d", "resnext101_32x8d"),
+    *("wide_resnet50_2", "wide_resnet101_2"),
+    *("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224"),
+    *("swin_base_patch4_window12_384", "swin_large_patch4_window7_224", "swin_large_patch4_window12_384"),
+)
+"""timm's names of the backbones that the converters know."""
+
+_SETTINGS = (
+    *("mean", "std", "channel_order", "short_side", "long_side", "interpolation", "antialias", "rounding"),
+    *("pad_divisor", "arch"),
+)
+"""Fields of a cfg that make another detector of the same weights."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What a checkpoint is.
+
+    Attributes:
+        source: layout of its keys.
+        name: of the detector, registered or by the grammar.
+        labels: of its classes; ``labels_from`` says who named them.
+        cfg: input and architecture.
+        settings: ``name.tag`` of the weights that they are those of.
+        others: those of other settings that fit the keys too, with what is different.
+        conversion: the tensors in our layout.
+    """
+
+    source: str
+    name: str
+    labels: LabelSpace
+    labels_from: str
+    cfg: PretrainedCfg
+    settings: str
+    others: dict[str, str]
+    conversion: Conversion
+
+    def summary(self) -> str:
+        """A few lines: what it is, what had to be assumed, and what became of its keys."""
+        names = self.labels.names
+        shown = ", ".join(names[:5]) + (", .." if len(names) > 5 else "")
+        lines = [
+            f"{self.source} checkpoint: {self.name}, {len(names)} classes ({shown}; {self.labels_from})",
+            f"input and all that keys do not tell: as for {self.settings or 'detectors without weights'}",
+        ]
+        lines += [f"  or as for {name}, which fits too: {difference}" for name, difference in self.others.items()]
+        lines += ["  the name after --as decides"] if self.others else []
+        for what, keys in (("left out", self.conversion.dropped), ("added", self.conversion.created)):
+            for reason in sorted(set(keys.values())):
+                lines.append(f"{sum(value == reason for value in keys.values())} tensors {what}: {reason}")
+        return "\n".join(lines)
+
+
+def import_checkpoint(
+    path: str | Path, name: str | None = None, *, class_names: Sequence[str] | None = None
+) -> tuple[Detector, Guess]:
+    """Convert a checkpoint of mmdetection, detectron2, torchvision or their relatives into a detector.
+
+    Args:
+        path: see ``read_state_dict``; nothing in the file is run.
+        name: what it is, as far as that is known: a family, a detector's name, or ``name.tag``.
+        class_names: of its classes, in the order of its labels; by default those that the file names, or COCO's if it
+            has 80 classes.
+
+    Returns:
+        The detector, and how its nature was told.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it cannot be read, or is of no known detector; the message says which keys do not fit.
+        ValueError: for an unknown name, or one of our own files.
+    """
+    if saved_config(path) is not None:
+        raise ValueError(f"{path} was written by dyhead_zoo: create_detector('local-dir:{path}') loads it as it is")
+    tensors, metadata = read_state_dict(path)
+    try:
+        found = guess(tensors, metadata, name, class_names)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return _build(found.name, found.cfg, found.labels, found.conversion.tensors), found
+
+
+def guess(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Guess:
+    """Tell what a state dict is. Only keys and shapes are looked at; tensors may be on the meta device.
+
+    Args:
+        tensors: foreign keys to tensors.
+        metadata: what came with them, see ``read_state_dict``.
+        name, class_names: see ``import_checkpoint``.
+
+    Raises:
+        CheckpointError, ValueError: see ``import_checkpoint``.
+    """
+    metadata = metadata or {}
+    if all(key.startswith("module.") for key in tensors):  # saved from within DistributedDataParallel
+        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    source, conversion = convert_state_dict(tensors)
+    if source == "native":
+        raise CheckpointError(
+            "its keys are ours, but it has no record of its detector: create_detector(NAME, checkpoint=FILE) loads it"
+        )
+    shapes = {key: tuple(tensor.shape) for key, tensor in conversion.tensors.items()}
+    family = _family(shapes, name)
+    backbone, dyhead = _backbone(shapes), _dyhead_blocks(shapes)
+    ours = _name(family, backbone, dyhead)
+    _check_hint(name, ours, family, backbone, dyhead)
+    told = _told(shapes)
+    settings = [
+        (tag, cfg.replace(arch={**cfg.arch, **told}))
+        for tag, cfg in _settings(name if name and "." in name else None, ours, family, dyhead, source)
+    ]
+    fits: dict[str, PretrainedCfg] = {}
+    misfits = []
+    count = _count_classes(family, conversion.tensors)
+    labels, labels_from = _labels(count, metadata, class_names)
+    for tag, cfg in settings:
+        try:
+            check_shapes(shapes, _state_dict(ours, cfg, labels))
+            fits[tag] = cfg
+        except ValueError as error:  # caffe=True, which is for ResNets only, too
+            misfits.append(f"as {ours}{f' with the settings of {tag}' if tag else ''}: {error}")
+    if not fits:
+        raise CheckpointError(
+            f"it looks like a {family} with {backbone} and {dyhead} DyHead blocks, from {source}, but "
+            + min(misfits, key=len)
+            + (f"\n{len(misfits) - 1} other settings fit no better" if len(misfits) > 1 else "")
+        )
+    chosen = _by_recorded_style(fits, metadata)
+    others = {tag: _difference(cfg, fits[chosen]) for tag, cfg in fits.items() if tag != chosen}
+    return Guess(source, ours, labels, labels_from, fits[chosen], chosen, others, conversion)
+
+
+# --- from keys --------------------------------------------------------------------------------------------------------
+
+
+def _family(shapes: Mapping[str, tuple[int, ...]], name: str | None) -> str:
+    for family, key in _MARKS:
+        if key in shapes:
+            return family
+    heads = sorted({re.sub(r"\d+", "*", key) for key in shapes if key.startswith("head.")})
+    raise CheckpointError(
+        f"its head is none of {', '.join(family for family, _ in _MARKS)}. In our names it has\n"
+        f"{listing(heads, 30) or '  no head: a backbone alone is no detector'}\n"
+        "Other families are loaded by create_detector(NAME, checkpoint=FILE, num_classes=N)"
+    )
+
+
+def _backbone(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """timm's name of the body whose tensors these are.
+
+    Raises:
+        CheckpointError: with the keys in which it departs from the most similar one.
+    """
+    prefix = "backbone.body."
+    body = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+    differences: dict[str, list[str]] = {}
+    for name in _BODIES:
+        with torch.device("meta"):
+            wanted = {k: tuple(v.shape) for k, v in timm.create_model(name, num_classes=0).state_dict().items()}
+        wanted = {k: shape for k, shape in wanted.items() if not k.startswith("norm.")}  # after the last stage: pruned
+        lines = [
+            f"{key}: {body.get(key, 'missing')} here, {wanted.get(key, 'missing')} in {name}"
+            for key in [*wanted, *(key for key in body if key not in wanted)]
+            if body.get(key) != wanted.get(key)
+        ]
+        if not lines:
+            return name
+        differences[name] = lines
+    nearest = min(differences, key=lambda name: len(differences[name]))
+    raise CheckpointError(
+        f"its backbone is none of {', '.join(_BODIES)}. It is most like {nearest}, but for "
+        f"{len(differences[nearest])} of {len(body)} keys:\n{listing(differences[nearest])}"
+    )
+
+
+def _dyhead_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return len({m[1] for key in shapes if (m := re.match(r"neck\.dyhead\.blocks\.(\d+)\.", key))})
+
+
+def _told(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Arguments that keys and shapes tell."""
+    told = {"towers": len({m[1] for key in shapes if (m := re.match(r"head\.cls_tower\.(\d+)\.", key))})}
+    laterals = [shape for key, shape in shapes.items() if re.fullmatch(r"neck\.fpn\.lateral\.0\.(conv\.)?weight", key)]
+    return told | ({"channels": laterals[0][0]} if laterals else {})
+
+
+def _name(family: str, backbone: str, dyhead: int) -> str:
+    """The registered name of a detector, if it has one, else that of the grammar."""
+    short = {long: alias for alias, long in ALIASES.items()}.get(backbone, backbone)
+    suffix = f"_dyhead{dyhead}" if dyhead else ""
+    registered = f"{family}_{short}{suffix}"
+    return registered if registry.is_detector(registered) else f"{family}_{backbone}{suffix}"
+
+
+def _check_hint(name: str | None, ours: str, family: str, backbone: str, dyhead: int) -> None:
+    """Refuse a hint that contradicts the keys.
+
+    Raises:
+        UnknownDetectorError: for a hint that is no family and no name.
+        CheckpointError: for another family, backbone or number of blocks.
+    """
+    if name is None or name in (family, ours) or name.partition(".")[0] == ours:
+        return
+    if not any(name == other for other, _ in _MARKS):
+        if registry.is_detector(name.partition(".")[0]):
+            registry.get_pretrained_cfg(name)
+        else:
+            registry.parse_grammar(name)
+    raise CheckpointError(
+        f"it is no {name}: by its keys it is a {family} with the backbone {backbone} and {dyhead} DyHead blocks, {ours}"
+    )
+
+
+# --- what keys do not tell --------------------------------------------------------------------------------------------
+
+
+def _settings(
+    wanted: str | None, ours: str, family: str, dyhead: int, source: str
+) -> Iterator[tuple[str, PretrainedCfg]]:
+    """``name.tag`` and cfg of the published weights whose settings may be those of a checkpoint, the likeliest first.
+
+    Those of the same detector, else of the family, from the same library; without repetitions.
+    """
+    if wanted is not None:
+        yield wanted, registry.get_pretrained_cfg(wanted)
+        return
+    tags = [f"{name}.{tag}" for name in registry.list_detectors(f"{family}_*") for tag in registry.list_tags(name)]
+    tags = [tag for tag in tags if registry.get_pretrained_cfg(tag).source == source]
+    tags = [tag for tag in tags if tag.partition(".")[0] == ours] or sorted(
+        tags, key=lambda tag: ("_dyhead" in tag) != bool(dyhead)
+    )
+    seen: list[dict[str, Any]] = []
+    for tag in tags:
+        cfg = registry.get_pretrained_cfg(tag)
+        if (key := _relevant(cfg)) not in seen:
+            seen.append(key)
+            yield tag, cfg
+    if not tags:
+        yield "", PretrainedCfg()
+
+
+def _relevant(cfg: PretrainedCfg) -> dict[str, Any]:
+    values = cfg.to_dict()
+    return {key: values[key] for key in _SETTINGS}
+
+
+def _difference(cfg: PretrainedCfg, chosen: PretrainedCfg) -> str:
+    """Settings of a cfg that another has otherwise, as text."""
+    (theirs, their_arch), (ours, our_arch) = ((fields, fields.pop("arch")) for fields in map(_relevant, (cfg, chosen)))
+    theirs, ours = {**theirs, **their_arch}, {**ours, **our_arch}
+    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    return ", ".join(f"{key}={theirs[key]!r}" if key in theirs else f"no {key}" for key in keys)
+
+
+def _by_recorded_style(fits: Mapping[str, PretrainedCfg], metadata: Mapping[str, Any]) -> str:
+    """The first settings that agree with mmdetection's configuration, which its checkpoints hold as text."""
+    recorded = re.search(r"style=['\"](caffe|pytorch)['\"]", str(metadata.get("cfg") or metadata.get("config") or ""))
+    if recorded:
+        for tag, cfg in fits.items():
+            if bool(cfg.arch.get("caffe")) == (recorded[1] == "caffe"):
+                return tag
+    return next(iter(fits))
+
+
+def _count_classes(family: str, tensors: Mapping[str, Tensor]) -> int:
+    with torch.device("meta"):
+        head = cast(Head, _build(f"test_{family}", PretrainedCfg(), COCO_80).head)  # any of the family
+    count = classes_in(tensors, {f"head.{key}": rows for key, rows in head.class_rows().items()})
+    if count is None:
+        raise CheckpointError("it has no classifier")
+    return count
+
+
+def _labels(count: int, metadata: Mapping[str, Any], class_names: Sequence[str] | None) -> tuple[LabelSpace, str]:
+    """Names of the classes, and who says so."""
+    stated = LabelSpace.from_names(class_names) if class_names else stated_labels(metadata, None)
+    if stated is not None:
+        whose = "as given" if class_names else "named in the file"
+        if len(stated) != count:
+            raise CheckpointError(f"its classifier has rows for {count} classes, but {len(stated)} are {whose}")
+        return stated, whose
+    if count == len(COCO_80):
+        return COCO_80, "not named in the file: taken for COCO's"
+    return LabelSpace.unnamed(count), "not named in the file: give --class-names"
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def _build(
+    name: str, cfg: PretrainedCfg, labels: LabelSpace, checkpoint: Mapping[str, Tensor] | None = None
+) -> Detector:
+    own = cfg.replace(license=None, license_url=None)  # those of other weights
+    user = {"pretrained_cfg": own, "class_names": labels} | ({"checkpoint": checkpoint} if checkpoint else {})
+    if registry.is_detector(name):
+        return registry.detector_entrypoint(name)(False, **user)
+    family, backbone, dyhead = registry.parse_grammar(name)
+    return family(name, False, user, backbone=backbone, dyhead=dyhead)
+
+
+def _state_dict(name: str, cfg: PretrainedCfg, labels: LabelSpace) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return _build(name, cfg, labels).state_dict()

@@ -35,6 +35,7 @@ _FREE = {
     *("zero_init_offset", "image_size"),  # of initialisation, and of the canvas
     *("drop_path", "dropout", "full_precision"),  # of training
     *("score_threshold", "pre_nms", "nms_threshold", "max_detections"),  # of decoding
+    *("samples", "proposals", "rpn_pre_nms", "rpn_nms", "rpn_score_threshold"),  # of two stages
 }
 """Arguments that may differ from those of the weights."""
 

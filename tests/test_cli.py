@@ -26,7 +26,7 @@ from dyhead_zoo.models import atss
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.weights import read_state_dict
 
-VERBS = ("list", "info", "predict", "eval", "train", "benchmark", "push", "pull", "verify")
+VERBS = ("list", "info", "predict", "eval", "train", "explain", "import", "benchmark", "push", "pull", "verify")
 TINY = "test_atss"
 
 

@@ -17,6 +17,9 @@ from dyhead_zoo.data import CocoDataset
 from dyhead_zoo.data.transforms import round_up
 from dyhead_zoo.detector import Detector
 from dyhead_zoo.engine.explain import Assigner, Explanation, explain
+from dyhead_zoo.engine.explain_draw import draw_assignment
+from dyhead_zoo.layers.assigners import BACKGROUND
+from dyhead_zoo.layers.targets import Assignment
 from dyhead_zoo.structures import Target
 
 FAMILIES = ("atss", "retinanet", "fcos", "reppoints", "borderdet")
@@ -137,6 +140,14 @@ def test_command_writes_table_figures_and_pictures(tmp_path: Path, capsys: Any, 
     height, width = Assigner(create_detector(name)).size(*CocoDataset(images, annotations).size(0))
     with Image.open(pictures[0]) as picture:
         assert picture.size[0] == width and picture.size[1] > height
+
+
+def test_pictures_show_what_is_learned_and_what_is_not() -> None:
+    boxes = torch.tensor([[10.0, 10, 50, 50], [70, 70, 90, 80]])
+    assignment = Assignment([torch.tensor([[30.0, 30], [60, 30]])], torch.tensor([[0, BACKGROUND]]))
+    picture = draw_assignment(torch.zeros(3, 100, 100, dtype=torch.uint8), boxes, assignment, (8,))
+    colours = [picture.getpixel(place) for place in ((10, 30), (70, 75), (30, 30), (60, 30))]
+    assert colours == [(255, 255, 255), (255, 0, 0), (255, 210, 0), (0, 0, 0)]
 
 
 def test_without_images_nothing_is_drawn(tmp_path: Path) -> None:

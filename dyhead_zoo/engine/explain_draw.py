@@ -14,7 +14,6 @@ from torchvision.transforms.v2.functional import to_pil_image
 from dyhead_zoo.data import CocoDataset
 from dyhead_zoo.data.transforms import resize, scale_boxes
 from dyhead_zoo.engine.checkpoint import write_text
-from dyhead_zoo.engine.draw import class_color
 from dyhead_zoo.engine.explain import Assigner, Explanation
 from dyhead_zoo.layers.targets import Assignment
 
@@ -51,21 +50,19 @@ def write_explanation(
         size = assigner.size(record.height, record.width)
         boxes = scale_boxes(record.boxes, (record.height, record.width), size)
         photo = resize(dataset.image(index), *size)
-        picture = draw_assignment(photo, boxes, record.labels, assigner(size, boxes), assigner.strides)
+        picture = draw_assignment(photo, boxes, assigner(size, boxes), assigner.strides)
         picture.save(folder / f"{dataset.image_ids[index]}_{record.path.stem}.jpg", quality=90)
 
 
-def draw_assignment(
-    photo: Tensor, boxes: Tensor, labels: Tensor, assignment: Assignment, strides: Sequence[int]
-) -> Image.Image:
+def draw_assignment(photo: Tensor, boxes: Tensor, assignment: Assignment, strides: Sequence[int]) -> Image.Image:
     """A photo with its objects, and a dot at each anchor's centre or point that learns one, coloured by level.
 
-    Objects have the colour of their class, those that no place learns are red and crossed out. Of the objects with the
-    fewest anchors, the anchors themselves are drawn too.
+    Objects are white, those that no place learns are red and crossed out. Of the objects with the fewest anchors, the
+    anchors themselves are drawn too.
 
     Args:
         photo: (3, H, W) uint8, resized.
-        boxes, labels: (N, 4) xyxy in its pixels, (N,).
+        boxes: (N, 4) xyxy in its pixels.
         assignment: of this one photo.
         strides: of the levels.
 
@@ -78,8 +75,8 @@ def draw_assignment(
     canvas = ImageDraw.Draw(picture)
     owners = assignment.owner[0].split([len(level) for level in assignment.places])
     counts = torch.bincount(assignment.owner[assignment.owner >= 0], minlength=len(boxes))
-    for box, label, count in zip(boxes.tolist(), labels.tolist(), counts.tolist(), strict=True):
-        canvas.rectangle(box, outline=class_color(label) if count else _LOST, width=2)
+    for box, count in zip(boxes.tolist(), counts.tolist(), strict=True):
+        canvas.rectangle(box, outline="white" if count else _LOST, width=2)
         if not count:
             canvas.line(box, fill=_LOST, width=2)
     outlined = [i for i in counts.argsort().tolist() if counts[i]][:_OUTLINED]
@@ -110,5 +107,5 @@ def _draw_legend(canvas: ImageDraw.ImageDraw, top: int, strides: Sequence[int], 
 
 
 def _level_color(level: int) -> tuple[int, int, int]:
-    """Unlike the red of objects that nothing learns."""
-    return ((255, 210, 0), (0, 200, 90), (0, 180, 255), (70, 80, 255), (200, 60, 255), (240, 240, 240))[level % 6]
+    """Unlike the colours of the objects."""
+    return ((255, 210, 0), (0, 200, 90), (0, 180, 255), (70, 80, 255), (200, 60, 255), (120, 120, 120))[level % 6]

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dyhead_zoo.data.label_space import LabelSpace
+from dyhead_zoo.layers.backbone import Backbone
 from dyhead_zoo.layers.dyhead import BlockAttention
 from dyhead_zoo.layers.fpn import DyHeadNeck
+from dyhead_zoo.layers.fusion import fuse_batch_norms
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.structures import Detections, DetectionTensors, Target
 from dyhead_zoo.weights import ClassRows
@@ -104,6 +106,17 @@ class Detector(nn.Module):
         """Trade computation for memory in training: backbone stages and DyHead blocks are recomputed."""
         for part in (self.backbone, self.neck):
             part.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    def fuse(self) -> Detector:
+        """Make inference faster: the backbone's BatchNorm goes into its convolutions, memory becomes channels-last.
+
+        In place. Results stay the same up to rounding. A fused detector no longer suits training, and its state dict
+        has other keys: save it before.
+        """
+        backbone = cast(Backbone, self.eval().backbone)
+        height, width = backbone.image_size or (64, 64)
+        fuse_batch_norms(backbone, self.mean.new_zeros(1, self.in_chans, height, width))
+        return self.to(memory_format=torch.channels_last)
 
     def normalise(self, images: Tensor, image_sizes: Tensor | None) -> Tensor:
         """Images (B, C, H, W) in 0..255 -> normalised float images, zero outside each picture."""

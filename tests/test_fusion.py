@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dyhead_zoo import create_detector
 from dyhead_zoo.layers.backbone import Backbone
 from dyhead_zoo.layers.fusion import fuse_batch_norms
 
@@ -68,3 +69,14 @@ def test_what_cannot_be_folded_is_left_alone() -> None:
 def test_norms_in_training_mode_are_left_alone() -> None:
     module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).train()
     assert fuse_batch_norms(module, torch.randn(2, 3, 4, 4)) == 0
+
+
+def test_a_fused_detector_finds_the_same() -> None:
+    detector = create_detector("test_atss_dyhead1", pretrained=True, score_threshold=0.0).double()
+    images = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        (before,) = detector.decode(detector(images))
+        (after,) = detector.fuse().decode(detector(images))
+    assert len(before) and not any(isinstance(part, nn.BatchNorm2d) for part in detector.backbone.modules())
+    torch.testing.assert_close(after.scores, before.scores)
+    torch.testing.assert_close(after.boxes, before.boxes)

@@ -17,7 +17,12 @@ from rcnn_helpers import (
     mmdet_keys,
     torchvision_keys,
 )
-from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
+from torchvision.models.detection import (
+    fasterrcnn_mobilenet_v3_large_320_fpn,
+    fasterrcnn_mobilenet_v3_large_fpn,
+    fasterrcnn_resnet50_fpn,
+    fasterrcnn_resnet50_fpn_v2,
+)
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from dyhead_zoo import create_detector, list_detectors, list_tags, load_checkpoint
@@ -29,6 +34,8 @@ from dyhead_zoo.weights import detect_source
 BUILDERS = {
     "faster_rcnn_resnet50.torchvision_coco": fasterrcnn_resnet50_fpn,
     "faster_rcnn_resnet50.torchvision_v2_coco": fasterrcnn_resnet50_fpn_v2,
+    "faster_rcnn_mobilenetv3_large.torchvision_320_coco": fasterrcnn_mobilenet_v3_large_320_fpn,
+    "faster_rcnn_mobilenetv3_large.torchvision_coco": fasterrcnn_mobilenet_v3_large_fpn,
 }
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,42 @@ _RESNET = (
     Rename("backbone.body.layer{i}.{j}.downsample.1.{bn}", "backbone.body.layer{i}.{j}.downsample.1.{bn}"),
 )
 
+_MOBILENET_BLOCKS = {
+    **{1: "0.0", 2: "1.0", 3: "1.1", 4: "2.0", 5: "2.1", 6: "2.2", 7: "3.0", 8: "3.1", 9: "3.2", 10: "3.3"},
+    **{11: "4.0", 12: "4.1", 13: "5.0", 14: "5.1", 15: "5.2"},
+}
+"""Of MobileNetV3: torchvision counts the blocks through, timm within stages."""
+
+
+def _conv_norm(source: str, conv: str, norm: str) -> tuple[Rename, ...]:
+    return (
+        Rename(f"backbone.body.{source}.0.weight", f"backbone.body.{conv}.weight"),
+        Rename(f"backbone.body.{source}.1." + "{bn}", f"backbone.body.{norm}." + "{bn}"),
+    )
+
+
+def _mobilenet_block(number: int, place: str) -> tuple[Rename, ...]:
+    """Expansion (none in the first block), depthwise convolution, squeeze and excitation (in some), projection."""
+    theirs, ours = f"{number}.block", f"blocks.{place}"
+    layers = ("conv_dw", "conv_pw") if number == 1 else ("conv_pw", "conv_dw", "conv_pwl", "conv_pwl")
+    norms = ("bn1", "bn2", "bn3", "bn3")
+    return (
+        *(
+            row
+            for i, (layer, norm) in enumerate(zip(layers, norms, strict=False))
+            for row in _conv_norm(f"{theirs}.{i}", f"{ours}.{layer}", f"{ours}.{norm}")
+        ),
+        Rename(f"backbone.body.{theirs}.2.fc1." + "{wb}", f"backbone.body.{ours}.se.conv_reduce." + "{wb}"),
+        Rename(f"backbone.body.{theirs}.2.fc2." + "{wb}", f"backbone.body.{ours}.se.conv_expand." + "{wb}"),
+    )
+
+
+_MOBILENET = (
+    *_conv_norm("0", "conv_stem", "bn1"),
+    *_conv_norm("16", "blocks.6.0.conv", "blocks.6.0.bn1"),
+    *(row for number, place in _MOBILENET_BLOCKS.items() for row in _mobilenet_block(number, place)),
+)
+
 _FPN = (
     Rename("backbone.fpn.inner_blocks.{i}.0.{wb}", "neck.fpn.lateral.{i}.{wb}"),
     Rename("backbone.fpn.layer_blocks.{i}.0.{wb}", "neck.fpn.output.{i}.{wb}"),
@@ -148,7 +184,7 @@ def convert(state_dict: Mapping[str, Any], keep_rows: bool = False) -> Conversio
     rcnn = "roi_heads.box_predictor.cls_score.bias" in source
     pyramid = _NORMED_FPN if "backbone.fpn.inner_blocks.0.1.weight" in source else _FPN
     head = _RCNN if rcnn else _FCOS if fcos else _RETINANET
-    conversion = apply_table(source, (*_RESNET, *pyramid, *head), "torchvision")
+    conversion = apply_table(source, (*_RESNET, *_MOBILENET, *pyramid, *head), "torchvision")
     for prefix in ("neck.fpn.extra.", "head.cls_tower.", "head.box_tower."):
         conversion.tensors = renumber(conversion.tensors, prefix)
     add_batch_counters(conversion)

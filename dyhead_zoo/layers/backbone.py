@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,6 +107,8 @@ class Backbone(nn.Module):
         in_chans: channels of the image.
         strides: of the levels wanted, fine to coarse. Where several feature maps of the body have a stride, the deepest
             is taken; a stride that the body lacks is resampled from its nearest level.
+        read_from: for each stride, the module of the body whose output is the level, if not the deepest; it must have
+            that stride and end in a convolution (torchvision's MobileNets: two levels of stride 32).
         pretrained: ``True`` for timm's weights (downloaded), a file in timm's layout, or a state dict.
         image_size: (height, width) of the canvas for bodies that work at one size only; by default the one of their
             weights. Smaller images are padded to it, larger ones are an error. Others take any size.
@@ -137,6 +140,7 @@ class Backbone(nn.Module):
         *,
         in_chans: int = 3,
         strides: Sequence[int] = (8, 16, 32),
+        read_from: Sequence[str | None] = (),
         pretrained: bool | str | Path | Mapping[str, Tensor] = False,
         image_size: tuple[int, int] | None = None,
         output_stride: int | None = None,
@@ -178,7 +182,11 @@ class Backbone(nn.Module):
         self._taps = sorted(set(self._sources))
         self._take: list[int] = body.prune_intermediate_layers(self._taps, prune_norm=True, prune_head=True)
         self.body = body
-        self.channels = tuple(int(info[source]["num_chs"]) for source in self._sources)
+        self._modules_read = dict(enumerate(read_from))
+        self.channels = tuple(
+            _channels_of(body, self._modules_read.get(k)) or int(info[source]["num_chs"])
+            for k, source in enumerate(self._sources)
+        )
         self.pyramid = nn.ModuleDict(
             {
                 str(k): Resample(self.channels[k], reductions[source] / stride)
@@ -239,14 +247,15 @@ class Backbone(nn.Module):
         if min(height, width) < _MIN_INPUT:
             raise ValueError(f"the canvas is {height} x {width} px: pad images to at least {_MIN_INPUT} px a side")
         images = self._pad(images)
-        with torch.autocast(images.device.type, enabled=False) if self.full_precision else nullcontext():
+        precision = torch.autocast(images.device.type, enabled=False) if self.full_precision else nullcontext()
+        with precision, self._reading() as read:
             taps = cast(Any, self.body).forward_intermediates(
                 images, indices=self._take, stop_early=True, output_fmt="NCHW", intermediates_only=True
             )
         by_level = dict(zip(self._taps, taps, strict=True))
         levels = []
         for k, (source, stride) in enumerate(zip(self._sources, self.strides, strict=True)):
-            x = by_level[source]
+            x = read.get(k, by_level[source])
             if str(k) in self.pyramid:
                 x = self.pyramid[str(k)](x)
             full = [-(-side // stride) for side in images.shape[-2:]]
@@ -258,6 +267,25 @@ class Backbone(nn.Module):
                 x = self.norms[k](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             levels.append(x)
         return levels
+
+    @contextmanager
+    def _reading(self) -> Iterator[dict[int, Tensor]]:
+        """What the modules of ``read_from`` give within the block, by level."""
+        read: dict[int, Tensor] = {}
+
+        def keep(level: int, module: nn.Module, arguments: Any, output: Tensor) -> None:
+            read[level] = output
+
+        hooks = [
+            self.body.get_submodule(name).register_forward_hook(partial(keep, level))
+            for level, name in self._modules_read.items()
+            if name
+        ]
+        try:
+            yield read
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _pad(self, images: Tensor) -> Tensor:
         """Zeros at the right and bottom, up to what the body can take."""
@@ -326,6 +354,14 @@ def _nearest_level(reductions: Sequence[int], stride: int) -> int:
     near = [i for i, d in enumerate(distance) if d == best]
     finest = min(reductions[i] for i in near)
     return max(i for i in near if reductions[i] == finest)
+
+
+def _channels_of(body: nn.Module, name: str | None) -> int | None:
+    """Channels of what the last convolution of a part of a body gives."""
+    if name is None:
+        return None
+    convs = [module for module in body.get_submodule(name).modules() if isinstance(module, nn.Conv2d)]
+    return convs[-1].out_channels
 
 
 def _is_layer_normed(body: nn.Module) -> bool:

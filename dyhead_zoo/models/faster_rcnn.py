@@ -41,6 +41,18 @@ def faster_rcnn(name: str, pretrained: bool, user: dict[str, Any], **defaults: A
 _PAPERS = ("arXiv:1506.01497", "arXiv:1612.03144")
 _DYHEAD_PAPERS = (DYHEAD_PAPER, *_PAPERS)
 
+_MOBILENET_ARCH = {
+    **TORCHVISION_ARCH,
+    "frozen_stages": -1,
+    "freeze_norm": True,
+    "strides": (32, 32),
+    "read_from": ("blocks.5.0", None),
+    "anchor_sizes": (32, 64, 128, 256, 512),
+    "rpn_score_threshold": 0.05,
+    "roi_levels": 1,
+}
+"""torchvision's MobileNets: two levels of stride 32 and their P6, with the same anchors on each; RoIs see the first."""
+
 
 def _mmdet(ap: float, config: str, version: str, folder: str = "faster_rcnn") -> PretrainedCfg:
     return mmdet(_PAPERS, {"AP": ap}, folder, f"faster_rcnn_{config}", version)
@@ -79,6 +91,20 @@ cfgs = {
         "FasterRCNN_ResNet50_FPN_Weights.COCO_V1",
         {**TORCHVISION_ARCH, "freeze_norm": True, "norm_eps": 0.0},
     ),
+    "faster_rcnn_mobilenetv3_large.torchvision_coco": torchvision(
+        _PAPERS,
+        {"AP": 32.8},
+        "fasterrcnn_mobilenet_v3_large_fpn-fb6a3cc7",
+        "FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1",
+        _MOBILENET_ARCH,
+    ),
+    "faster_rcnn_mobilenetv3_large.torchvision_320_coco": torchvision(
+        _PAPERS,
+        {"AP": 22.8},
+        "fasterrcnn_mobilenet_v3_large_320_fpn-907ea3f9",
+        "FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1",
+        {**_MOBILENET_ARCH, "rpn_pre_nms": (2000, 150), "proposals": (2000, 150)},
+    ).replace(short_side=320, long_side=640),
     "faster_rcnn_resnet101.mmdet_3x_coco": _mmdet(41.8, "r101_fpn_mstrain_3x", "20210524_110822-4d4d2ca8"),
     "faster_rcnn_resnet101.mmdet_2x_coco": _mmdet(39.8, "r101_fpn_2x", "bbox_mAP-0.398_20200504_210455-1d2dac9c"),
     "faster_rcnn_resnet101.mmdet_1x_coco": _mmdet(39.4, "r101_fpn_1x", "20200130-f513f705"),
@@ -131,6 +157,12 @@ cfgs = {
 def faster_rcnn_resnet50(pretrained: bool = False, **kwargs: Any) -> Detector:
     """Faster R-CNN, ResNet-50."""
     return faster_rcnn("faster_rcnn_resnet50", pretrained, kwargs, backbone="resnet50")
+
+
+@register_detector
+def faster_rcnn_mobilenetv3_large(pretrained: bool = False, **kwargs: Any) -> Detector:
+    """Faster R-CNN, MobileNetV3-Large, on its two coarsest maps as torchvision has it."""
+    return faster_rcnn("faster_rcnn_mobilenetv3_large", pretrained, kwargs, backbone="mobilenetv3_large_100")
 
 
 @register_detector

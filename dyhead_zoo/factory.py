@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -198,7 +198,7 @@ def build_detector(
     if backbone.image_size is not None and max(cfg.short_side, cfg.long_side) > min(backbone.image_size):
         side = min(backbone.image_size) // cfg.pad_divisor * cfg.pad_divisor  # every image fits, upright or not
         cfg = cfg.replace(short_side=side, long_side=side)
-    neck: Any = neck_cls(backbone.channels, backbone.strides, **parts[neck_cls])
+    neck = cast(Any, neck_cls)(backbone.channels, backbone.strides, **parts[neck_cls])
     head = head_cls(neck.channels, neck.strides, len(labels), pad_divisor=cfg.pad_divisor, **parts[head_cls])
     detector = Detector(backbone, neck, head, name=name, arch=options, pretrained_cfg=cfg, in_chans=in_chans)
     if pretrained:

@@ -6,6 +6,7 @@ figures that others report stand in different sections.
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from dyhead_zoo.layers.backbone import resolve_backbone_name
 from dyhead_zoo.pretrained import HUB_ORGANISATION, PretrainedCfg
 
 LIBRARY, TASK = "dyhead_zoo", "object-detection"
+MARK = "<!-- Written by dyhead_zoo from the record; remove this line to keep changes of your own. -->"
+"""Last line of every card written here: such a card may be written anew."""
 LICENCES = {
     "apache-2.0": "Apache License 2.0",
     "mit": "MIT License",
@@ -62,19 +65,21 @@ def render_card(
     recipe: Mapping[str, Any] | None = None,
     benchmark: Sequence[Mapping[str, Any]] | None = None,
     repo_id: str | None = None,
+    golden: bool = True,
 ) -> str:
     """The card of one set of weights, with its metadata as front matter.
 
     Args:
         config: ``Detector.config()``.
-        record: ``eval.json`` of these weights; None if they were not evaluated, which the card then says.
+        record: ``eval.json`` of these weights; None if there is none, which the card then says.
         recipe: ``recipe.json``: ``config`` (the settings of the run) and ``notes`` (what else happened, in sentences).
         benchmark: measured speeds, one mapping each: ``hardware``, ``runtime``, ``canvas`` (height, width),
             ``batch_size`` and ``images_per_second``.
         repo_id: where the weights are, ``org/name``; None for a folder.
+        golden: whether golden tensors lie beside the weights.
 
     Returns:
-        Markdown.
+        Markdown, with ``MARK`` as its last line.
 
     Raises:
         KeyError: for a paper of the cfg that ``citations`` does not know.
@@ -86,14 +91,15 @@ def render_card(
         _usage(title, repo_id),
         _labels(cfg),
         _input(cfg),
-        _measured(record),
+        _measured(cfg, record),
         _reported(cfg),
         _size_and_speed(record, benchmark),
         _training(cfg, recipe),
         _limits(cfg, record),
         _licences(cfg),
-        _proof(record, repo_id),
+        _proof(record, repo_id, golden),
         _citation(config, cfg),
+        MARK,
     ]
     front = ModelCardData(**card_metadata(config, record, title=title)).to_yaml()
     return f"---\n{front}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
@@ -204,7 +210,7 @@ def _source(repo_id: str | None) -> str:
 
 def _labels(cfg: PretrainedCfg) -> str:
     rows = zip(cfg.class_names, cfg.category_ids, strict=True)
-    listed = ", ".join(f"{label} {name} ({category})" for label, (name, category) in enumerate(rows))
+    listed = ", ".join(f"{label} {html.escape(name)} ({category})" for label, (name, category) in enumerate(rows))
     return (
         f"## Labels\n\nLabels are 0-based, without background: {len(cfg.class_names)} classes, in brackets the "
         f"category id of the data set, which `to_coco` writes.\n\n<details><summary>All classes</summary>\n\n{listed}"
@@ -228,9 +234,12 @@ def _input(cfg: PretrainedCfg) -> str:
     return "## Input and output\n\n" + "\n".join(f"* {row}" for row in rows)
 
 
-def _measured(record: Mapping[str, Any] | None) -> str:
+def _measured(cfg: PretrainedCfg, record: Mapping[str, Any] | None) -> str:
+    if record is None and cfg.measured:
+        figures = "\n".join(f"| {name} | {_percent(value)} |" for name, value in cfg.measured.items())
+        return f"## Results measured by us\n\nOn {cfg.measured_on}, in percent.\n\n| | % |\n|---|---:|\n{figures}"
     if record is None:
-        return "## Results measured by us\n\nNone: these weights were not evaluated."
+        return "## Results measured by us\n\nNo record of an evaluation was given with these weights."
     data, ran = record["dataset"], record["environment"]
     head = (
         f"## Results measured by us\n\nOn **{data['name']}, {data['split']}** ({data['images']:,} images, "
@@ -261,7 +270,7 @@ def _extremes(per_class: Sequence[Mapping[str, Any]]) -> str:
         return ""
     ranked = sorted(common, key=lambda row: -row["AP"])
     best, worst = (
-        ", ".join(f"{row['name']} {_percent(row['AP'])}" for row in rows)
+        ", ".join(f"{html.escape(row['name'])} {_percent(row['AP'])}" for row in rows)
         for rows in (ranked[:_NAMED], ranked[: -_NAMED - 1 : -1])
     )
     return (
@@ -271,7 +280,10 @@ def _extremes(per_class: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _class_table(per_class: Sequence[Mapping[str, Any]]) -> str:
-    rows = [f"| {r['name']} | {_percent(r['AP'])} | {_percent(r['AP50'])} | {r['num_gts']} |" for r in per_class]
+    rows = [
+        f"| {html.escape(r['name'])} | {_percent(r['AP'])} | {_percent(r['AP50'])} | {r['num_gts']} |"
+        for r in per_class
+    ]
     table = "\n".join(["| class | AP | AP50 | objects |", "|---|---:|---:|---:|", *rows])
     return f"<details><summary>Every class</summary>\n\n{table}\n\n</details>"
 
@@ -345,11 +357,13 @@ def _licences(cfg: PretrainedCfg) -> str:
     return "## Licences\n\n" + "\n".join(rows)
 
 
-def _proof(record: Mapping[str, Any] | None, repo_id: str | None) -> str:
-    text = (
-        f"## Verify\n\n`dyhead-zoo verify {_source(repo_id)}` recomputes the golden tensors that lie "
-        "beside the weights, and says which stage departs and by how much."
-    )
+def _proof(record: Mapping[str, Any] | None, repo_id: str | None, golden: bool) -> str:
+    text = "## Verify\n\nThere are no golden tensors beside these weights."
+    if golden:
+        text = (
+            f"## Verify\n\n`dyhead-zoo verify {_source(repo_id)}` recomputes the golden tensors that lie "
+            "beside the weights, and says which stage departs and by how much."
+        )
     if record is not None:
         made, data = record["predictions"], record["dataset"]
         text += (

@@ -91,6 +91,14 @@ PAPERS = {
         "ICCV",
         2017,
     ),
+    "1906.09756": Paper(
+        "cai2019cascade",
+        "Cascade R-CNN: High Quality Object Detection and Instance Segmentation",
+        "Cai, Zhaowei and Vasconcelos, Nuno",
+        "IEEE Transactions on Pattern Analysis and Machine Intelligence",
+        2019,
+        article=True,
+    ),
     "1712.00726": Paper(
         "cai2018cascade",
         "Cascade R-CNN: Delving into High Quality Object Detection",

@@ -24,6 +24,7 @@ from dyhead_zoo.weight_files import (
     INDEX_FILE,
     WEIGHTS_FILE,
     shard_files,
+    state_sha256,
     weights_in,
     write_weights_folder,
 )
@@ -42,10 +43,11 @@ _OF_THE_WEIGHTS = (
     "model-*-of-*.safetensors",
     "golden.safetensors",
     RECORD_FILE,
+    "recipe.json",
     f"{RESULTS_FOLDER}/*.yaml",
 )
 """Files that new weights replace or remove, since they would say something of the old ones."""
-_FILES = (*_OF_THE_WEIGHTS, CARD_FILE, "recipe.json", "LICENSE", "NOTICE")
+_FILES = (*_OF_THE_WEIGHTS, CARD_FILE, "LICENSE", "NOTICE")
 """All that is pushed and pulled."""
 
 _NO_SOURCE: dict[str, Any] = {
@@ -77,12 +79,12 @@ def save_for_hub(
     """Write a detector to a folder as it would lie on the Hub; ``create_detector("local-dir:FOLDER")`` loads it.
 
     A reader sees the old detector, none, or the new one, never a mixture. What an earlier save left in the folder is
-    replaced, except for a card if none is given.
+    replaced, except for a card that was not written by this package.
 
     Args:
         model: a detector.
         folder: created if need be.
-        card: text of ``README.md``; by default one is rendered from the record, unless there is a card already.
+        card: text of ``README.md``; by default one is rendered from the record, unless you have one there already.
         record: of an evaluation of these weights, as ``dyhead-zoo eval --output`` writes it; becomes ``eval.json`` and
             ``.eval_results/*.yaml``.
         max_shard_size: bytes; larger weights are written in shards.
@@ -94,9 +96,13 @@ def save_for_hub(
         The folder.
 
     Raises:
-        ValueError: for a detector that could not be loaded again, or a record that is none.
+        ValueError: for a detector that could not be loaded again, or a record that is none or of another detector.
+        FileExistsError: if the folder holds a ``config.json`` of something else, or is a file.
     """
     folder = Path(folder).absolute()
+    _check_place(folder)
+    if record is not None:
+        _check_record(model, record)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary) / "new"  # with the permissions that the user's folders have
@@ -108,8 +114,9 @@ def save_for_hub(
             from dyhead_zoo.golden import write_golden
 
             write_golden(model, new)
-        if card is not None or not (folder / CARD_FILE).exists():
-            (new / CARD_FILE).write_text(_card(config, record, repo_id) if card is None else card, encoding="utf-8")
+        if card is not None or not _is_own(folder / CARD_FILE):
+            text = _card(config, record, repo_id, golden) if card is None else card
+            (new / CARD_FILE).write_text(text, encoding="utf-8")
         if record is not None:
             _write_record(config, record, new)
         _move(new, folder)
@@ -138,11 +145,48 @@ def _header(model: Detector, config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _card(config: Mapping[str, Any], record: Mapping[str, Any] | None, repo_id: str | None) -> str:
+def _check_place(folder: Path) -> None:
+    """Refuse a place where something of the user's would be lost."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: name a folder")
+    if (folder / CONFIG_FILE).is_file():
+        try:
+            saved_config(folder)
+        except ValueError as error:
+            raise FileExistsError(
+                f"{folder / CONFIG_FILE} is not a saved detector's ({error}): choose another folder, or remove it"
+            ) from error
+
+
+def _check_record(model: Detector, record: Mapping[str, Any]) -> None:
+    """Refuse the record of another detector's evaluation."""
+    try:
+        theirs = str(record["detector"]).partition(".")[0], record["model"]["parameters"]
+        weights = record.get("state_sha256")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"no record of an evaluation ({error!r}): give one that `dyhead-zoo eval --output FILE` wrote"
+        ) from error
+    ours = model.name, sum(p.numel() for p in model.parameters())
+    if theirs != ours or weights not in (None, state_sha256(model)):
+        raise ValueError(
+            f"the record is of {theirs[0]} with {theirs[1]:,} parameters, not of these weights of {ours[0]} with "
+            f"{ours[1]:,}: evaluate them, or leave the record out"
+        )
+
+
+def _is_own(card: Path) -> bool:
+    """Whether a card exists that was not written by this package, or was changed by its owner."""
+    from dyhead_zoo.card import MARK
+
+    return card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _card(config: Mapping[str, Any], record: Mapping[str, Any] | None, repo_id: str | None, golden: bool) -> str:
     from dyhead_zoo.card import render_card
 
     try:
-        return render_card(config, record, repo_id=repo_id)
+        return render_card(config, record, repo_id=repo_id, golden=golden)
     except KeyError as error:
         raise ValueError(f"the record has no {error}: give one that `dyhead-zoo eval --output FILE` wrote") from error
 
@@ -208,7 +252,7 @@ def push_to_hub(
         private: whether a repository that is created is private; an existing one stays what it is.
         revision: branch, created if need be; main by default.
         token: with the right to write; by default the one of ``HF_TOKEN`` or of ``hf auth login``.
-        card: text of ``README.md``. Without it, a card that is there already stays, else one is rendered.
+        card: text of ``README.md``. Without it, a card of your own that is there already stays, else one is rendered.
         eval_results: record of an evaluation, see ``save_for_hub``; a folder has its own.
         commit_message: title of the commit.
         tag: a new tag for the commit.
@@ -266,7 +310,7 @@ def _push(
     contents: dict[str, Path | bytes] = {name: folder / name for name in saved_files(folder)}
     if card is not None:
         contents[CARD_FILE] = card.encode()
-    elif CARD_FILE in there:
+    elif CARD_FILE in there and _is_own(hub_file(repo_id, CARD_FILE, revision=head.sha, token=token)):
         contents.pop(CARD_FILE, None)
     stale = sorted(name for name in there - set(contents) if _matches(name, _OF_THE_WEIGHTS))
     commit = api.create_commit(

@@ -108,7 +108,7 @@ class PretrainedCfg:
         return self.replace(class_names=labels.names, category_ids=labels.category_ids)
 
     def without_claims(self) -> PretrainedCfg:
-        """A copy for other weights: without the figures, data, limits and sources of these."""
+        """A copy for other weights: without the figures, licence, data, limits and sources of these."""
         nothing = PretrainedCfg()
         return self.replace(**{name: getattr(nothing, name) for name in _CLAIMS})
 
@@ -148,7 +148,7 @@ def bundled_record(name: str) -> dict[str, Any]:
 
 _CLAIMS = (
     *("file", "url", "mirrors", "hf_hub_id", "hf_hub_revision", "sha256", "hash_prefix", "source"),
-    *("data_license", "datasets", "limits", "description", "origin_url"),
+    *("license", "license_url", "data_license", "datasets", "limits", "description", "origin_url"),
     *("reported", "reported_by", "measured", "measured_on"),
 )
 """Fields that are true of one set of weights only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyhead_zoo.convert import CheckpointError, unwrap
 
@@ -336,3 +337,14 @@ def write_weights_folder(
     }
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
     return [*names, INDEX_FILE]
+
+
+def state_sha256(module: nn.Module) -> str:
+    """SHA-256 of a module's weights, whatever file they come from: names and float32 values of its state dict."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        array = value.detach().cpu()
+        array = array.float() if array.is_floating_point() else array
+        digest.update(f"{key} {tuple(array.shape)}".encode())
+        digest.update(array.contiguous().numpy().tobytes())
+    return digest.hexdigest()

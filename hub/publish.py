@@ -19,9 +19,9 @@ from typing import Any
 from cards import HUB, read
 
 from dyhead_zoo import create_detector, get_pretrained_cfg, list_pretrained
-from dyhead_zoo.card import LICENCES, eval_results_yaml, render_card
+from dyhead_zoo.card import LICENCES, render_card
 from dyhead_zoo.download import sha256_of
-from dyhead_zoo.hub import push_to_hub, save_for_hub
+from dyhead_zoo.hub import CARD_FILE, PushError, push_to_hub, save_for_hub
 from dyhead_zoo.pretrained import BUNDLED, HUB_ORGANISATION, PretrainedCfg
 from dyhead_zoo.weight_files import WEIGHTS_FILE
 
@@ -36,6 +36,7 @@ def main() -> None:
     names = list_pretrained(args.names)
     if not names:
         raise SystemExit(f"no weights match {' '.join(args.names)}: dyhead-zoo list --pretrained shows all")
+    failed = False
     for name in names:
         if reason := refusal(get_pretrained_cfg(name)):
             if args.names:  # who asks for all means all that may be published
@@ -44,7 +45,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = (args.output or Path(temporary)) / name
             build(name, folder, f"{args.organisation}/{name}")
-            publish(name, folder, f"{args.organisation}/{name}", args.push)
+            try:
+                publish(name, folder, f"{args.organisation}/{name}", args.push)
+            except PushError as error:
+                failed = True
+                print(f"{name}: {error}")
+    if failed:
+        raise SystemExit(1)
 
 
 def refusal(cfg: PretrainedCfg) -> str | None:
@@ -70,10 +77,6 @@ def build(name: str, folder: Path, repo_id: str) -> Path:
         shutil.copyfile(BUNDLED / cfg.file, folder / WEIGHTS_FILE)
     if recipe is not None:
         shutil.copyfile(HUB / name / "recipe.json", folder / "recipe.json")
-    if record is not None:
-        for path, text in eval_results_yaml(detector.config(), record).items():
-            (folder / path).parent.mkdir(exist_ok=True)
-            (folder / path).write_text(text)
     if cfg.license == "apache-2.0":
         shutil.copyfile(HUB.parent / "LICENSE", folder / "LICENSE")
     check(cfg, record, folder)
@@ -93,7 +96,8 @@ def publish(name: str, folder: Path, repo_id: str, push: bool) -> None:
     """Push one folder, or say what would be pushed."""
     revision = get_pretrained_cfg(name).hf_hub_revision or "v1"
     if push:
-        commit = push_to_hub(folder, repo_id, tag=revision, commit_message=f"{name} {revision}")
+        card = (folder / CARD_FILE).read_text()
+        commit = push_to_hub(folder, repo_id, card=card, tag=revision, commit_message=f"{name} {revision}")
         print(f"{name}: pushed, commit {commit}")
     else:
         files = sorted(path for path in folder.rglob("*") if path.is_file())

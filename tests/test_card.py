@@ -134,7 +134,7 @@ def test_detector_without_dyhead_and_data_says_less() -> None:
     data = card_metadata(plain, None)
     assert "dyhead" not in data["tags"] and not {"eval_results", "base_model", "datasets"} & data.keys()
     assert ModelCardData(**data).to_yaml()
-    assert "were not evaluated" in render_card(plain, None)
+    assert "No record of an evaluation" in render_card(plain, None)
 
 
 def test_licences_of_the_table_have_the_hubs_names() -> None:

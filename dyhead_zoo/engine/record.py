@@ -23,6 +23,7 @@ from dyhead_zoo.engine.bootstrap import LEVEL, bootstrap_intervals
 from dyhead_zoo.engine.evaluate import EvalResult, read_annotations
 from dyhead_zoo.engine.info import canvas_of, count_macs, count_parameters
 from dyhead_zoo.version import __version__
+from dyhead_zoo.weight_files import state_sha256
 
 if TYPE_CHECKING:
     from dyhead_zoo.detector import Detector
@@ -53,8 +54,8 @@ def evaluation_record(
         seed: of those draws.
 
     Returns:
-        ``record_version, detector, date``; ``metrics`` and ``per_class`` as in ``EvalResult``; ``intervals`` (AP and
-        AP50: low, high; with level, resamples, seed); ``dataset`` (name, split, images, objects, annotations_sha256);
+        ``record_version, detector, date``; ``state_sha256`` (of the weights); ``metrics`` and ``per_class`` as in
+        ``EvalResult``; ``intervals`` (AP and AP50: low, high; with level, resamples, seed); ``dataset`` (name, split, images, objects, annotations_sha256);
         ``predictions`` (count, sha256); ``model`` (parameters, multiply-adds and the canvas they are for);
         ``unknown_classes``; ``evaluator``; ``seconds``; ``environment`` (see ``environment``).
 
@@ -76,6 +77,7 @@ def evaluation_record(
     record = {
         "record_version": RECORD_VERSION,
         "detector": result.detector,
+        "state_sha256": state_sha256(detector),
         "date": datetime.now(UTC).date().isoformat(),
         "metrics": result.metrics,
         "intervals": intervals,

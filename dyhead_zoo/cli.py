@@ -167,10 +167,11 @@ def _add_predict(verbs: Any) -> argparse.ArgumentParser:
     _add_model_flags(verb)
     verb.add_argument("--score-threshold", type=probability, default=0.3, metavar="S", help="default: %(default)s")
     verb.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="default: %(default)s")
-    verb.add_argument(
+    pictures = verb.add_mutually_exclusive_group()
+    pictures.add_argument(
         "--attention", action="store_true", help="also draw where DyHead's attentions look, as <name>_attention.jpg"
     )
-    verb.add_argument("--no-draw", dest="draw", action="store_false", help="write predictions.json only")
+    pictures.add_argument("--no-draw", dest="draw", action="store_false", help="write predictions.json only")
     verb.set_defaults(run=run_predict)
     return verb
 
@@ -327,16 +328,19 @@ def run_train(args: argparse.Namespace) -> int:
             "--pretrained-backbone [FILE] or --pretrained",
             file=sys.stderr,
         )
-    result = train(
-        detector,
-        images=args.images,
-        annotations=args.annotations,
-        val_images=args.val_images,
-        val_annotations=args.val_annotations,
-        output=args.output,
-        config=config,
-        resume=args.resume,
-    )
+    try:
+        result = train(
+            detector,
+            images=args.images,
+            annotations=args.annotations,
+            val_images=args.val_images,
+            val_annotations=args.val_annotations,
+            output=args.output,
+            config=config,
+            resume=args.resume,
+        )
+    except FileExistsError as error:
+        raise FileExistsError(str(error).replace("resume=True", "--resume")) from error
     if os.environ.get("RANK", "0") == "0":
         best = f", best AP {result.best_metrics['AP']:.4f}" if result.best_metrics else ""
         print(f"{result.epochs} epochs, {result.steps} steps{best}: {result.best_weights or result.weights}")
@@ -381,13 +385,10 @@ def _add_explain(verbs: Any) -> argparse.ArgumentParser:
 
 def run_explain(args: argparse.Namespace) -> int:
     """Print the tables, write the files asked for."""
-    import torch
-
-    from dyhead_zoo import create_detector
     from dyhead_zoo.engine.explain import explain
+    from dyhead_zoo.engine.info import build_on_meta
 
-    with torch.device("meta"):  # sizes need no numbers
-        detector = create_detector(args.detector, **dict(args.model_args))
+    detector, _ = build_on_meta(args.detector, **dict(args.model_args))
     explanation = explain(
         detector,
         annotations=args.annotations,
@@ -495,9 +496,12 @@ def run_push(args: argparse.Namespace) -> int:
     from dyhead_zoo import create_detector, push_to_hub, save_for_hub
     from dyhead_zoo.hub import saved_files
 
+    _check_repo_id(args.repo_id)
     card = args.card.read_text(encoding="utf-8") if args.card else None
-    record = json.loads(args.record.read_text()) if args.record else None
+    record = _read_record(args.record) if args.record else None
     path = Path(args.detector)
+    if path.is_dir():
+        _check_saved(path)
     with tempfile.TemporaryDirectory() as temporary:
         if path.is_dir() and record is None:
             folder = path
@@ -522,6 +526,40 @@ def run_push(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_repo_id(repo_id: str) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
+    if repo_id.count("/") != 1:
+        raise ValueError(f"{repo_id!r} is no repository of the Hub: expected ORG/REPO")
+    validate_repo_id(repo_id)
+
+
+def _check_saved(folder: Path) -> None:
+    """Raise a FileNotFoundError, which names the weights of a training run, unless a detector is saved there."""
+    from dyhead_zoo.saved import saved_config
+    from dyhead_zoo.weight_files import weights_in
+
+    try:
+        saved_config(folder)
+        weights_in(folder)
+    except FileNotFoundError as error:
+        best = folder / "best.safetensors"
+        if not best.is_file():
+            raise
+        raise FileNotFoundError(f"{folder} is the folder of a training run: push its weights, {best}") from error
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    advice = "give a record that `dyhead-zoo eval --output FILE` wrote"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file ({error}): {advice}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds a {type(record).__name__}, no record of an evaluation: {advice}")
+    return record
+
+
 def _add_pull(verbs: Any) -> argparse.ArgumentParser:
     verb = verbs.add_parser("pull", help="copy a detector from the Hugging Face Hub to a folder")
     verb.add_argument("repo_id", metavar="ORG/REPO", help="with @REVISION for a branch, tag or commit")
@@ -534,7 +572,8 @@ def run_pull(args: argparse.Namespace) -> int:
     """Pull a detector."""
     from dyhead_zoo import pull
 
-    repo_id, _, revision = args.repo_id.partition("@")
+    repo_id, _, revision = args.repo_id.removeprefix("hf-hub:").partition("@")
+    _check_repo_id(repo_id)
     folder = pull(repo_id, args.folder or Path(repo_id.rpartition("/")[2]), revision=revision or None)
     print(f"pulled: create_detector('local-dir:{folder}')")
     return 0

@@ -172,6 +172,17 @@ def test_info_says_whose_a_figure_is(capsys: pytest.CaptureFixture[str], monkeyp
     assert "https://example.org/w.pth" in rows["weights"] and "not checked" in rows["weights"]
 
 
+def test_info_and_explain_leave_the_weights_of_a_saved_detector_unread(
+    folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = info(capsys, f"local-dir:{weights}")
+    assert rows["weights"] == f"local file: {weights}" and rows["classes"] == "2 (cup, lamp)"
+    flags = ["--annotations", str(folder / "annotations.json"), "--images", str(folder)]
+    assert cli.main(["explain", "--detector", f"local-dir:{weights}", *flags]) == 0
+    captured = capsys.readouterr()
+    assert "4 objects" in captured.out and not captured.err
+
+
 def test_multiply_adds_of_dense_and_deformable_convolutions() -> None:
     class Two(nn.Module):
         in_chans = 3
@@ -247,6 +258,7 @@ def test_predict_names_what_is_wrong(folder: Path, weights: Path, capsys: pytest
     assert "no published weights" in failure(capsys, "predict", folder, "--detector", TINY)
     assert "Did you mean" in failure(capsys, "predict", folder, "--detector", "ats_resnet50")
     assert "no weight file at nothing.pth" in failure(capsys, "predict", folder, "--checkpoint", "nothing.pth")
+    assert "not allowed with" in failure(capsys, "predict", folder, "--attention", "--no-draw")
     assert "device 'toaster'" in failure(capsys, "predict", folder, "--device", "toaster")
     assert "does not fit" in failure(
         capsys, "predict", folder, "--checkpoint", weights, "--detector", "test_atss_dyhead1"
@@ -302,7 +314,7 @@ def test_train_then_resume_then_eval(folder: Path, tmp_path: Path, capsys: pytes
     assert cli.main([*run, *data_flags(folder, "val-"), "--epochs", "1"]) == 0
     out = capsys.readouterr().out
     assert "1 epochs, 2 steps, best AP" in out and "best.safetensors" in out
-    assert "run already holds a run" in failure(capsys, *run)
+    assert "run already holds a run: pass --resume to" in failure(capsys, *run)
     assert cli.main([*run, *data_flags(folder, "val-"), "--epochs", "2", "--resume"]) == 0
     assert "2 epochs, 4 steps" in capsys.readouterr().out
     checkpoint = tmp_path / "run" / "last.safetensors"
@@ -318,6 +330,35 @@ def test_train_names_what_is_wrong(folder: Path, tmp_path: Path, capsys: pytest.
     assert "both val_images and val_annotations" in failure(capsys, *run, "--val-images", folder)
     assert "--pretrained" in failure(capsys, *run, "--pretrained", "--checkpoint", "x.safetensors")
     assert not (tmp_path / "run").exists()
+
+
+# -- push and pull -----------------------------------------------------------------------------------------------------
+
+
+def test_push_checks_before_it_lists(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, record = tmp_path / "run", tmp_path / "record.json"
+    run.mkdir()
+    assert "expected a folder with config.json" in failure(capsys, "push", run, "me/x", "--dry-run")
+    (run / "best.safetensors").write_bytes(weights.read_bytes())
+    assert f"push its weights, {run}/best.safetensors" in failure(capsys, "push", run, "me/x", "--dry-run")
+    push = ["push", run / "best.safetensors"]
+    for wrong in ("x", "a/b/c"):
+        assert f"'{wrong}' is no repository of the Hub: expected ORG/REPO" in failure(capsys, *push, wrong, "--dry-run")
+    assert "me/x!" in failure(capsys, *push, "me/x!", "--dry-run")
+    for content, said in (("[1]", "holds a list, no record"), ("{", "is no JSON file")):
+        record.write_text(content)
+        assert f"{record} {said}" in failure(capsys, *push, "me/x", "--record", record, "--dry-run")
+
+
+def test_pull_takes_the_names_that_loading_takes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(dyhead_zoo, "pull", lambda *args, revision: calls.append((*args, revision)))
+    for name in ("me/x@v1", "hf-hub:me/x"):
+        assert cli.main(["pull", name]) == 0
+    assert calls == [("me/x", Path("x"), "v1"), ("me/x", Path("x"), None)]
+    assert "'x' is no repository of the Hub: expected ORG/REPO" in failure(capsys, "pull", "hf-hub:x@v1")
 
 
 # -- benchmark ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyhead_zoo import registry
 from dyhead_zoo.detector import Detector
 from dyhead_zoo.factory import create_detector
+from dyhead_zoo.hub import fetch_repository
 from dyhead_zoo.layers.backbone import Backbone
 from dyhead_zoo.pretrained import PretrainedCfg
+from dyhead_zoo.saved import check_weights, saved_config
+from dyhead_zoo.weight_files import weights_in
 
 
 def count_parameters(detector: Detector) -> int:
@@ -54,12 +58,38 @@ def canvas_of(cfg: PretrainedCfg) -> tuple[int, int]:
     return short, long
 
 
+def build_on_meta(name: str, **arguments: Any) -> tuple[Detector, PretrainedCfg]:
+    """A detector on the meta device, where sizes need no numbers, and what is known of its weights, which stay unread.
+
+    Args:
+        name: as for ``create_detector``; a saved detector is built from its record.
+        **arguments: of ``create_detector``.
+
+    Raises:
+        ValueError, FileNotFoundError, DownloadError: as ``create_detector``.
+    """
+    scheme, _, rest = name.partition(":")
+    if scheme not in ("local-dir", "hf-hub"):
+        with torch.device("meta"):
+            detector = create_detector(name, **arguments)
+        named = registry.is_detector(name.partition(".")[0])
+        return detector, registry.get_pretrained_cfg(name) if named else detector.pretrained_cfg
+    repo_id, _, revision = rest.partition("@")
+    path = Path(rest) if scheme == "local-dir" else fetch_repository(repo_id, revision or None)
+    config = saved_config(path)
+    if config is None:
+        raise ValueError(f"{path} does not say which detector it belongs to: give that detector's name instead")
+    weights = weights_in(path) if path.is_dir() else path
+    place = {"file": str(weights.absolute())} if scheme == "local-dir" else {"hf_hub_id": repo_id}
+    cfg = PretrainedCfg.from_dict(config["pretrained_cfg"]).replace(arch=config["arch"], **place)
+    check_weights(weights, lambda: create_detector(config["name"], pretrained_cfg=cfg))
+    with torch.device("meta"):
+        return create_detector(config["name"], pretrained_cfg=cfg, **arguments), cfg
+
+
 def describe(name: str) -> str:
     """Size, cost, labels, input, source and figures of a named detector; its weights are not loaded."""
-    with torch.device("meta"):  # sizes need no numbers
-        detector = create_detector(name)
-    named = registry.is_detector(name.partition(".")[0])
-    cfg = registry.get_pretrained_cfg(name) if named else detector.pretrained_cfg
+    detector, cfg = build_on_meta(name)
     height, width = canvas_of(cfg)
     rows = {
         "name": name,
@@ -91,6 +121,8 @@ def _input(cfg: PretrainedCfg) -> str:
 
 
 def _weights(cfg: PretrainedCfg) -> str:
+    if cfg.file and Path(cfg.file).is_absolute():
+        return f"local file: {cfg.file}"
     places = {
         "bundled": f"bundled: {cfg.file}, in the package",
         "hub": f"hub: {cfg.hf_hub_id}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import ImageDraw
 
 from dyhead_zoo import create_detector
 from dyhead_zoo.engine.attention import draw_attention, sampling_points
@@ -31,6 +32,27 @@ def test_picture_of_every_formulation(arguments):
     picture, plain = (draw_attention(detector, photo, top=top) for top in (2, 0))
     assert picture.size == plain.size and picture.size[0] > 720
     assert picture.tobytes() != plain.tobytes()  # boxes and points were drawn
+
+
+def test_boxes_below_the_threshold_are_not_drawn():
+    detector = create_detector("test_atss_dyhead1", score_threshold=0.0)
+    photo = torch.randint(0, 256, (3, 120, 200), dtype=torch.uint8)
+    assert (
+        draw_attention(detector, photo, score_threshold=1.0).tobytes()
+        == draw_attention(detector, photo, top=0).tobytes()
+    )
+
+
+def test_charts_name_levels_by_their_strides(monkeypatch):
+    written = []
+    text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda *args, **more: (written.append(args[2]), text(*args, **more))
+    )
+    detector = create_detector("test_atss_dyhead1")
+    detector.neck.strides = (4, 8, 16, 32, 64)
+    draw_attention(detector, torch.zeros(3, 64, 64, dtype=torch.uint8))
+    assert [name for name in written if name.startswith("P")] == ["P2", "P3", "P4", "P5", "P6"]
 
 
 def test_without_dyhead_or_spatial_attention_it_says_so():

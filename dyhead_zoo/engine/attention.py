@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, cast
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -56,7 +57,7 @@ def sampling_points(
     return SamplingPoints((taps + offset.flip(1) + 0.5) * stride, attention.masks[level][image, :, y, x])
 
 
-def draw_attention(detector: Detector, image: Tensor, *, top: int = 3) -> Image.Image:
+def draw_attention(detector: Detector, image: Tensor, *, top: int = 3, score_threshold: float = 0.0) -> Image.Image:
     """The photo with the sampling points of its best detections, beside charts of scale and task attention.
 
     Points have the colour of their block, which the charts show, and an area that grows with their mask. They are those
@@ -67,18 +68,19 @@ def draw_attention(detector: Detector, image: Tensor, *, top: int = 3) -> Image.
         detector: with DyHead.
         image: (3, H, W) uint8, RGB.
         top: number of detections.
+        score_threshold: leave out detections below it.
 
     Raises:
         ValueError: for a detector without DyHead.
     """
     ((_, batch),) = prepare_images([image], detector.pretrained_cfg, 1)
     trace = detector.attention(batch.images.to(detector.device), batch.image_sizes.to(detector.device))
-    (found,) = detector.predict(image)
+    (found,) = detector.predict(image, score_threshold=score_threshold)
     height, width = (int(side) for side in batch.image_sizes[0])
     zoom = _PHOTO / width
     photo = to_pil_image(batch.images[0, :, :height, :width]).resize((_PHOTO, round(height * zoom)))
     canvas = ImageDraw.Draw(photo)
-    strides = detector.neck.strides if isinstance(detector.neck, DyHeadNeck) else ()
+    strides = cast(DyHeadNeck, detector.neck).strides
     for box, label in zip(found.boxes[:top] * (width / image.shape[2]), found.labels[:top].tolist(), strict=True):
         canvas.rectangle((box * zoom).tolist(), outline=class_color(label), width=3)
         for number, block in enumerate(trace):
@@ -87,7 +89,7 @@ def draw_attention(detector: Detector, image: Tensor, *, top: int = 3) -> Image.
     picture = Image.new("RGB", (_PHOTO + _CHARTS, max(photo.height, _ROW * len(trace) + 30)), "white")
     picture.paste(photo)
     for number, block in enumerate(trace):
-        _draw_charts(ImageDraw.Draw(picture), block, number)
+        _draw_charts(ImageDraw.Draw(picture), block, number, strides)
     return picture
 
 
@@ -112,7 +114,7 @@ def _draw_points(
         canvas.ellipse((x - radius, y - radius, x + radius, y + radius), outline="white", fill=color)
 
 
-def _draw_charts(canvas: ImageDraw.ImageDraw, block: BlockAttention, number: int) -> None:
+def _draw_charts(canvas: ImageDraw.ImageDraw, block: BlockAttention, number: int, strides: tuple[int, ...]) -> None:
     """One row: bars of the branch weights of each level, and the mean slopes of the task attention."""
     font = ImageFont.load_default(size=12)
     left, top = _PHOTO + 14, 10 + number * _ROW
@@ -121,14 +123,15 @@ def _draw_charts(canvas: ImageDraw.ImageDraw, block: BlockAttention, number: int
     canvas.text((left + 60, top), "scale: weight of own (o), finer (f), coarser (c) level", fill="black", font=font)
     base, x = top + 66, left
     for level, weights in enumerate(block.scale):
-        canvas.text((x, base + 2), f"P{level + 3}" if len(block.scale) > 1 else "per level", fill="black", font=font)
+        name = f"P{round(math.log2(strides[level]))}" if len(block.scale) > 1 else "per level"
+        canvas.text((x, base + 2), name, fill="black", font=font)
         branches = "o" + "f" * (level > 0) + "c" * (level + 1 < len(block.scale))
         if len(block.scale) == 1:  # the paper's formulation: one weight per level
             branches = " " * weights.shape[1]
-        for weight, name in zip(weights[0].tolist(), branches, strict=True):
+        for weight, branch in zip(weights[0].tolist(), branches, strict=True):
             canvas.rectangle((x, base - 46 * weight, x + 16, base), fill=color)
             canvas.text((x - 1, base - 46 * weight - 15), f"{weight:.2f}".removeprefix("0"), fill="black", font=font)
-            canvas.text((x + 5, base - 16), name, fill="white", font=font)
+            canvas.text((x + 5, base - 16), branch, fill="white", font=font)
             x += 24
         x += 14
     slopes = "  ".join(f"{c[0, 0].mean():.2f} / {c[0, 2].mean():.2f}" for c in block.task)

@@ -114,7 +114,7 @@ def predict_files(
                 if picture is not None:
                     _draw(image, detections, labels.names, output / picture)
                     if attention:
-                        seen = draw_attention(detector, image)
+                        seen = draw_attention(detector, image, score_threshold=score_threshold)
                         _save(seen, (output / picture).with_stem(f"{Path(picture).stem}_attention"))
             bar.update(len(chunk))
     write_text(output / PREDICTIONS_FILE, result.to_json())

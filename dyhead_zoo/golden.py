@@ -26,9 +26,10 @@ from dyhead_zoo.detector import Detector, eval_mode
 from dyhead_zoo.download import hub_file
 from dyhead_zoo.layers.backbone import Backbone
 from dyhead_zoo.pretrained import BUNDLED
-from dyhead_zoo.registry import get_pretrained_cfg
+from dyhead_zoo.registry import UnknownDetectorError, get_pretrained_cfg
 from dyhead_zoo.structures import Detections
 from dyhead_zoo.version import __version__
+from dyhead_zoo.weight_files import INDEX_FILE, WEIGHTS_FILE
 from dyhead_zoo.weights import CheckpointError, read_state_dict, write_safetensors
 
 GOLDEN_FILE = "golden.safetensors"
@@ -167,14 +168,19 @@ def golden_path(name: str) -> Path:
 
     Raises:
         ValueError: if nobody publishes any for this name.
+        FileNotFoundError: for a folder or weight file that does not exist.
         DownloadError: if they cannot be had.
     """
     scheme, _, rest = name.partition(":")
     if scheme == "local-dir":
-        return Path(rest) / GOLDEN_FILE if Path(rest).is_dir() else Path(rest).with_suffix(_BESIDE)
+        return _beside(Path(rest))
     if scheme == "hf-hub":
         repo_id, _, revision = rest.partition("@")
         return hub_file(repo_id, GOLDEN_FILE, revision=revision or None)
+    if "/" in name or "\\" in name:
+        raise UnknownDetectorError(
+            f"{name!r} is no detector name; for a folder use 'local-dir:{name}', for a Hub repository 'hf-hub:ORG/REPO'"
+        )
     cfg = get_pretrained_cfg(name)
     if cfg.file:
         return BUNDLED / Path(cfg.file).with_suffix(_BESIDE)
@@ -183,6 +189,15 @@ def golden_path(name: str) -> Path:
     raise ValueError(
         f"{name} has no golden tensors: only bundled weights, repositories and saved folders come with them"
     )
+
+
+def _beside(path: Path) -> Path:
+    """Where the golden tensors of a saved folder or a weight file lie."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: expected a saved folder or a weight file")
+    if path.is_dir():
+        return path / GOLDEN_FILE
+    return path.with_name(GOLDEN_FILE) if path.name in (WEIGHTS_FILE, INDEX_FILE) else path.with_suffix(_BESIDE)
 
 
 def verify(detector: Detector, golden: Mapping[str, Tensor]) -> Verification:

@@ -203,3 +203,15 @@ def test_names_without_golden_tensors_are_told(tmp_path, capsys):
     assert "atss_resnet50 has no golden tensors" in capsys.readouterr().err
     assert cli.main(["verify", f"local-dir:{tmp_path}"]) == 2
     assert "golden.safetensors" in capsys.readouterr().err
+    assert cli.main(["verify", "saved/x"]) == 2
+    assert "for a folder use 'local-dir:saved/x'" in capsys.readouterr().err
+    assert cli.main(["verify", "local-dir:nope"]) == 2
+    assert "nope does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "golden"), [("model.safetensors", "golden.safetensors"), ("last.safetensors", "last.golden.safetensors")]
+)
+def test_golden_tensors_lie_beside_a_weight_file(tmp_path, file, golden):
+    (tmp_path / file).touch()
+    assert golden_path(f"local-dir:{tmp_path / file}") == tmp_path / golden

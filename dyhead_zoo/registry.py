@@ -118,12 +118,17 @@ def parse_grammar(name: str) -> tuple[FamilyBuilder, str, int]:
     """``<family>_<backbone>[_dyhead<N>]`` to the family's builder, the backbone and N (0 without DyHead).
 
     Raises:
-        UnknownDetectorError: if no family begins the name.
+        UnknownDetectorError: if no family begins the name, or N is beyond what a neck takes.
     """
+    from dyhead_zoo.layers.fpn import MAX_BLOCKS  # late, like the models: it needs torch
+
     _load()
     for family in sorted(_families, key=len, reverse=True):
         if match := re.fullmatch(rf"{family}_(.+?)(?:_dyhead(\d+))?", name):
-            return _families[family], match[1], int(match[2] or 0)
+            number = int(match[2] or 0)
+            if number > MAX_BLOCKS:
+                raise UnknownDetectorError(f"{name!r} asks for {number} DyHead blocks: use at most {MAX_BLOCKS}")
+            return _families[family], match[1], number
     raise UnknownDetectorError(unknown(name))
 
 

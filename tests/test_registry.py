@@ -56,12 +56,19 @@ def test_is_detector(name, known):
         ("yolo_resnet50", "family of \\['atss', "),
         ("atss_resnot50_dyhead6x", "timm has no backbone named 'resnot50_dyhead6x'"),
         ("runs/model", "local-dir:runs/model"),
+        ("atss_resnet50_dyhead999", "asks for 999 DyHead blocks: use at most 32"),
         ("atss_resnet18_dyhead1.tag", "no weight tag 'tag'"),
     ],
 )
 def test_unknown_names_get_a_hint(name, hint):
     with pytest.raises(ValueError, match=hint):
         create_detector(name)
+
+
+@pytest.mark.parametrize("number", [-1, 33])
+def test_number_of_blocks_is_bounded(number):
+    with pytest.raises(ValueError, match=rf"dyhead={number}: use 0..32 blocks"):
+        create_detector("test_atss", dyhead=number)
 
 
 def test_deprecated_names_warn_and_work(monkeypatch):

@@ -19,6 +19,8 @@ from dyhead_zoo.layers.tower import ConvNorm, Norm
 ExtraLevels = Literal["p5", "c5", "pool"]
 Formulation = Literal["released", "paper"]
 
+MAX_BLOCKS = 32
+"""Of DyHead: the paper goes to 10; each has some 2 million parameters."""
 _MAX_EXTRA = 8  # beyond it a cell would be larger than any picture
 
 
@@ -138,10 +140,12 @@ def build_dyhead(
     """DyHead in the released or in the paper's formulation; None for no blocks.
 
     Raises:
-        ValueError: for another ``formulation``.
+        ValueError: for another ``formulation``, or more than ``MAX_BLOCKS`` blocks.
     """
     if formulation not in ("released", "paper"):
         raise ValueError(f"formulation={formulation!r}: use 'released' (published weights) or 'paper'")
+    if not 0 <= num_blocks <= MAX_BLOCKS:
+        raise ValueError(f"dyhead={num_blocks}: use 0..{MAX_BLOCKS} blocks")
     if not num_blocks:
         return None
     if formulation == "paper":

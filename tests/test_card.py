@@ -62,6 +62,7 @@ def config(**changes: Any) -> dict[str, Any]:
     detector = create_detector("test_atss_dyhead1")
     record = detector.config()
     fields = {
+        "license": "apache-2.0",
         "base_model": "timm/test_efficientnet.r160_in1k",
         "datasets": ("detection-datasets/coco",),
         "limits": ("It has never seen the sea.",),

@@ -24,7 +24,7 @@ from dyhead_zoo.download import DownloadError, MissingFile, sha256_of
 from dyhead_zoo.hub import PushError, saved_files
 from dyhead_zoo.saved import check_config, saved_config
 from dyhead_zoo.testing import Fault, LoopbackHub
-from dyhead_zoo.weight_files import read_header, read_state_dict, write_safetensors
+from dyhead_zoo.weight_files import read_header, read_state_dict, state_sha256, write_safetensors
 
 REPO = "alice/detector"
 LABELS = ["kiwi", "person", "plum"]
@@ -41,7 +41,13 @@ def detector() -> Detector:
 
 @pytest.fixture(scope="module")
 def folder(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_for_hub(detector, tmp_path_factory.mktemp("saved") / "mine", golden=False)
+    return save_for_hub(detector, tmp_path_factory.mktemp("saved") / "mine", golden=False, license="apache-2.0")
+
+
+def record_of(detector: Detector) -> dict[str, Any]:
+    """A record as if of this detector's evaluation."""
+    model = {**RECORD["model"], "parameters": sum(p.numel() for p in detector.parameters())}
+    return {**RECORD, "detector": detector.name, "model": model, "state_sha256": state_sha256(detector)}
 
 
 @pytest.fixture
@@ -111,7 +117,7 @@ def test_a_saved_record_names_no_place_of_other_weights(folder: Path, tmp_path: 
 
 def test_saving_again_replaces_what_spoke_of_the_old_weights(detector: Detector, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "mine"
-    save_for_hub(detector, target, card="# mine", record=RECORD, max_shard_size=40_000)
+    save_for_hub(detector, target, card="# mine", record=record_of(detector), max_shard_size=40_000)
     shards = [name for name in saved_files(target) if name.startswith("model-")]
     assert len(shards) > 1 and {"model.safetensors.index.json", "golden.safetensors", "eval.json"} <= set(
         saved_files(target)
@@ -125,9 +131,29 @@ def test_saving_again_replaces_what_spoke_of_the_old_weights(detector: Detector,
     save_for_hub(detector, target, golden=False)
     assert sorted(os.listdir(target)) == ["README.md", "config.json", "model.safetensors", "notes.txt"]
     assert (target / "README.md").read_text() == "# mine"
-    with pytest.raises(ValueError, match="the record has no .* give one that"):
+    with pytest.raises(ValueError, match="no record of an evaluation .* give one that"):
         save_for_hub(detector, tmp_path / "other", record={"AP": 1}, golden=False)
+    with pytest.raises(ValueError, match="not of these weights"):
+        save_for_hub(detector, tmp_path / "other", record={**record_of(detector), "state_sha256": "0"}, golden=False)
     assert os.listdir(target.parent) == ["mine"]
+
+
+def test_what_is_not_ours_is_not_overwritten(detector: Detector, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"theirs": 1}')
+    (tmp_path / "eval.json").write_text("theirs")
+    with pytest.raises(FileExistsError, match="not a saved detector's"):
+        save_for_hub(detector, tmp_path, golden=False)
+    assert (tmp_path / "eval.json").read_text() == "theirs"
+    with pytest.raises(FileExistsError, match="is a file"):
+        save_for_hub(detector, tmp_path / "eval.json", golden=False)
+
+
+def test_a_card_of_ours_follows_the_record_and_claims_no_licence(detector: Detector, tmp_path: Path) -> None:
+    save_for_hub(detector, tmp_path / "mine", golden=False)
+    before = (tmp_path / "mine" / "README.md").read_text()
+    assert "No record of an evaluation" in before and "Weights: not stated" in before and "license:" not in before
+    save_for_hub(detector, tmp_path / "mine", golden=False, record=record_of(detector))
+    assert "COCOeval" in (tmp_path / "mine" / "README.md").read_text()
 
 
 def test_a_failed_save_leaves_the_old_folder(detector: Detector, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +215,7 @@ print(json.dumps(out))
 
 
 def test_round_trip_by_two_fresh_processes_at_once(hub: LoopbackHub, detector: Detector, tmp_path: Path) -> None:
-    first = push_to_hub(detector, REPO, private=True, tag="v1", eval_results=RECORD)
+    first = push_to_hub(detector, REPO, private=True, tag="v1", eval_results=record_of(detector))
     other = create_detector("test_atss_dyhead1", class_names=LABELS, channels=48)
     torch.nn.init.constant_(other.head.cls_logits.bias, 1.0)  # type: ignore[union-attr, arg-type]
     second = push_to_hub(other, REPO)
@@ -223,7 +249,7 @@ def commits(hub: LoopbackHub) -> int:
 
 
 def test_a_push_is_one_commit_that_replaces_the_old_weights(hub: LoopbackHub, detector: Detector, copy: Path) -> None:
-    sharded = save_for_hub(detector, copy.with_name("sharded"), record=RECORD, max_shard_size=40_000)
+    sharded = save_for_hub(detector, copy.with_name("sharded"), record=record_of(detector), max_shard_size=40_000)
     push_to_hub(sharded, REPO, card="# first")
     hub.put(REPO, {"picture.jpg": b"theirs"})
     (copy / "README.md").write_text("# of the folder")

@@ -193,6 +193,7 @@ def generated() -> dict[Path, str]:
         "detectors.md": {"names": names},
         "finetune.md": {"fruit": learned("fruit300.csv")},
         "dyhead.md": {
+            "by heart": learned("overfit.csv"),
             "released shapes": lambda: released_shapes(seen),
             "paper shapes": lambda: paper_shapes(seen),
         },

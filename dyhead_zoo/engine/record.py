@@ -55,9 +55,9 @@ def evaluation_record(
 
     Returns:
         ``record_version, detector, date``; ``state_sha256`` (of the weights); ``metrics`` and ``per_class`` as in
-        ``EvalResult``; ``intervals`` (AP and AP50: low, high; with level, resamples, seed); ``dataset`` (name, split, images, objects, annotations_sha256);
-        ``predictions`` (count, sha256); ``model`` (parameters, multiply-adds and the canvas they are for);
-        ``unknown_classes``; ``evaluator``; ``seconds``; ``environment`` (see ``environment``).
+        ``EvalResult``; ``intervals`` (AP and AP50: low, high; with level, resamples, seed); ``dataset`` (name, split,
+        images, objects, annotations_sha256); ``predictions`` (count, sha256); ``model`` (parameters, multiply-adds and
+        the canvas they are for); ``unknown_classes``; ``evaluator``; ``seconds`` and ``environment``.
 
     Raises:
         FileNotFoundError, ValueError: if the annotation file is missing, or is not the one of the result.

@@ -94,10 +94,6 @@ def create_detector(
         return _from_saved(Path(rest), user)
     if scheme == "hf-hub":
         return _from_hub(rest, user)
-    if "/" in name or "\\" in name or ":" in name:
-        raise registry.UnknownDetectorError(
-            f"{name!r} is no detector name; for a folder use 'local-dir:{name}', for a Hub repository 'hf-hub:ORG/REPO'"
-        )
     arch, tag = registry.split_name(name)
     if registry.is_detector(arch):
         cfg = registry.get_pretrained_cfg(f"{arch}.{tag}" if tag else arch)

@@ -26,7 +26,7 @@ from dyhead_zoo.detector import Detector, eval_mode
 from dyhead_zoo.download import hub_file
 from dyhead_zoo.layers.backbone import Backbone
 from dyhead_zoo.pretrained import BUNDLED
-from dyhead_zoo.registry import UnknownDetectorError, get_pretrained_cfg
+from dyhead_zoo.registry import get_pretrained_cfg
 from dyhead_zoo.structures import Detections
 from dyhead_zoo.version import __version__
 from dyhead_zoo.weight_files import INDEX_FILE, WEIGHTS_FILE
@@ -177,10 +177,6 @@ def golden_path(name: str) -> Path:
     if scheme == "hf-hub":
         repo_id, _, revision = rest.partition("@")
         return hub_file(repo_id, GOLDEN_FILE, revision=revision or None)
-    if "/" in name or "\\" in name:
-        raise UnknownDetectorError(
-            f"{name!r} is no detector name; for a folder use 'local-dir:{name}', for a Hub repository 'hf-hub:ORG/REPO'"
-        )
     cfg = get_pretrained_cfg(name)
     if cfg.file:
         return BUNDLED / Path(cfg.file).with_suffix(_BESIDE)

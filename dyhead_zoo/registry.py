@@ -70,7 +70,15 @@ def _load() -> None:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """``'name.tag'`` to ``('name', 'tag')``, the tag empty if there is none; deprecated names are replaced."""
+    """``'name.tag'`` to ``('name', 'tag')``, the tag empty if there is none; deprecated names are replaced.
+
+    Raises:
+        UnknownDetectorError: for what looks like a path or a repository.
+    """
+    if any(mark in name for mark in "/\\:"):
+        raise UnknownDetectorError(
+            f"{name!r} is no detector name; for a folder use 'local-dir:{name}', for a Hub repository 'hf-hub:ORG/REPO'"
+        )
     _load()
     if name in _deprecated:
         warnings.warn(f"{name!r} is now {_deprecated[name]!r}", DeprecationWarning, stacklevel=3)

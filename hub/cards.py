@@ -1,4 +1,4 @@
-"""Write the card of every bundled detector from its record and recipe: ``hub/<name.tag>/README.md``.
+"""Write the card of every bundled detector from its record, recipe and measured speed: ``hub/<name.tag>/README.md``.
 
     python hub/cards.py [--check]
 
@@ -8,13 +8,17 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from dyhead_zoo import create_detector, get_pretrained_cfg, list_pretrained
+from dyhead_zoo import Detector, create_detector, get_pretrained_cfg, list_pretrained
 from dyhead_zoo.card import render_card
+from dyhead_zoo.data import prepare_images, read_image
+from dyhead_zoo.engine.predict import sample_photo
 from dyhead_zoo.pretrained import HUB_ORGANISATION
 
 HUB = Path(__file__).parent
@@ -42,14 +46,36 @@ def bundled_names() -> list[str]:
     return [name for name in list_pretrained() if get_pretrained_cfg(name).status == "bundled"]
 
 
-def card_of(name: str) -> str:
+def card_of(name: str, organisation: str = HUB_ORGANISATION) -> str:
     """The card of one set of weights, from what ``hub/<name.tag>`` holds."""
+    detector = create_detector(name, pretrained=True)
     return render_card(
-        create_detector(name, pretrained=True).config(),
+        detector.config(),
         read(name, "eval.json"),
         recipe=read(name, "recipe.json"),
-        repo_id=f"{HUB_ORGANISATION}/{name}",
+        benchmark=speed(name, detector),
+        repo_id=f"{organisation}/{name}",
     )
+
+
+def speed(name: str, detector: Detector) -> list[dict[str, Any]]:
+    """What ``dyhead-zoo benchmark photo NAME --csv hub/<name.tag>/speed.csv`` measured; empty without that file."""
+    path = HUB / name / "speed.csv"
+    if not path.exists():
+        return []
+    rows = list(csv.DictReader(path.open()))
+    ((_, batch),) = prepare_images([read_image(sample_photo())], detector.pretrained_cfg, 1)
+    milliseconds = statistics.median(float(row["baseline_ms"]) for row in rows if row["baseline"] == "predict")
+    runtime = f"torch {rows[0]['torch'].partition('+')[0]}, float32, {rows[0]['threads']} threads, from JPEG to boxes"
+    return [
+        {
+            "hardware": rows[0]["machine"],
+            "runtime": runtime,
+            "canvas": batch.images.shape[-2:],
+            "batch_size": 1,
+            "images_per_second": 1000 / milliseconds,
+        }
+    ]
 
 
 def read(name: str, file: str) -> dict[str, Any] | None:

@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cards import HUB, read
+from cards import HUB, card_of, read
 
 from dyhead_zoo import create_detector, get_pretrained_cfg, list_pretrained
-from dyhead_zoo.card import LICENCES, render_card
+from dyhead_zoo.card import LICENCES
 from dyhead_zoo.download import sha256_of
 from dyhead_zoo.hub import CARD_FILE, PushError, push_to_hub, save_for_hub
 from dyhead_zoo.pretrained import BUNDLED, HUB_ORGANISATION, PretrainedCfg
@@ -71,8 +71,7 @@ def build(name: str, folder: Path, repo_id: str) -> Path:
     cfg = get_pretrained_cfg(name)
     detector = create_detector(name, pretrained=True)
     record, recipe = read(name, "eval.json"), read(name, "recipe.json")
-    card = render_card(detector.config(), record, recipe=recipe, repo_id=repo_id)
-    save_for_hub(detector, folder, card=card, record=record)
+    save_for_hub(detector, folder, card=card_of(name, repo_id.partition("/")[0]), record=record)
     if cfg.file:
         shutil.copyfile(BUNDLED / cfg.file, folder / WEIGHTS_FILE)
     if recipe is not None:

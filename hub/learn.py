@@ -4,8 +4,9 @@
         --val-images photos/val --val-annotations val.json --backbone lite0.safetensors --seeds 0 1 2 --csv learn.csv
 
 With ``--photos 16`` it trains on that many photos, without augmentation, and evaluates on the very same: a detector
-that cannot learn them by heart has a fault. A run whose row is in the CSV is not repeated, and one that was stopped is
-resumed, so the script may be killed and started again.
+that cannot learn them by heart has a fault. Detectors that learn masks get the rectangles of the boxes where the data
+have none. A run whose row is in the CSV is not repeated, and one that was stopped is resumed, so the script may be
+killed and started again.
 """
 
 from __future__ import annotations
@@ -73,8 +74,15 @@ BY_HEART = SMALL.replace(
 """Settings for ``--photos``: every step sees all photos as they are."""
 
 
-def pick_photos(annotations: Path, count: int, smallest: float, output: Path) -> Path:
-    """Write a COCO file with the first ``count`` photos of one to six objects, no crowd, no side below ``smallest``."""
+NOT_TOLD = ("epochs", "checkpoint_every_steps")
+"""Settings that the column ``arguments`` leaves out: the first has a column of its own, the second changes nothing."""
+
+
+def pick_photos(annotations: Path, count: int, smallest: float, masks: bool, output: Path) -> Path:
+    """Write a COCO file with the first ``count`` photos of one to six objects, no crowd, no side below ``smallest``.
+
+    With ``masks``, objects without a segmentation get the rectangle of their box.
+    """
     data = json.loads(annotations.read_text())
     objects: dict[int, list[dict[str, Any]]] = {}
     for item in data["annotations"]:
@@ -88,6 +96,9 @@ def pick_photos(annotations: Path, count: int, smallest: float, output: Path) ->
     if len(images) < count:
         raise ValueError(f"{annotations} has {len(images)} photos of one to six clear objects, not {count}")
     kept = [item for image in images for item in objects[image["id"]]]
+    for item in kept if masks else []:
+        x, y, width, height = item["bbox"]
+        item.setdefault("segmentation", [[x, y, x + width, y, x + width, y + height, x, y + height]])
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({**data, "images": images, "annotations": kept}))
     return output
@@ -95,10 +106,12 @@ def pick_photos(annotations: Path, count: int, smallest: float, output: Path) ->
 
 def learn(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One run; its row of the CSV."""
-    run = args.runs / "_".join([name, args.start, *args.model_args, str(args.photos or "all"), str(seed)])
+    parts = [name, args.start, *told(args).split(), str(args.photos or "all"), str(seed)]
+    run = args.runs / "_".join(parts)
     annotations, val_images, val_annotations = args.annotations, args.val_images, args.val_annotations
     if args.photos:
-        annotations = val_annotations = pick_photos(args.annotations, args.photos, 24, run.with_suffix(".json"))
+        file = run.with_name(f"{run.name}.json")
+        annotations = val_annotations = pick_photos(args.annotations, args.photos, 24, "mask" in name, file)
         val_images = args.images
     config = (BY_HEART if args.photos else SMALL).replace(seed=seed, **dict(args.set))
     config = config.replace(eval_every=config.epochs)
@@ -126,7 +139,7 @@ def learn(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "detector": name,
         "start": args.start,
-        "arguments": " ".join(args.model_args),
+        "arguments": told(args),
         "seed": seed,
         "photos": args.photos or "all",
         "epochs": result.epochs,
@@ -135,6 +148,11 @@ def learn(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         "version": __version__,
         "torch": torch.__version__,
     }
+
+
+def told(args: argparse.Namespace) -> str:
+    """What was asked of the detector and of the training beyond its defaults, in the words of the command line."""
+    return " ".join([*args.model_args, *(f"{key}={value}" for key, value in args.set if key not in NOT_TOLD)])
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -165,7 +183,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.names:
             rows = list(csv.DictReader(args.csv.open())) if args.csv.exists() else []
-            done = (name, args.start, " ".join(args.model_args), str(seed), str(args.photos or "all"))
+            done = (name, args.start, told(args), str(seed), str(args.photos or "all"))
             if done in [
                 tuple(row[key] for key in ("detector", "start", "arguments", "seed", "photos")) for row in rows
             ]:

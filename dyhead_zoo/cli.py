@@ -246,6 +246,8 @@ def run_eval(args: argparse.Namespace) -> int:
     """Evaluate one detector, print the table, write the files asked for."""
     from dyhead_zoo.engine.evaluate import evaluate
 
+    if args.fuse and args.output:
+        raise ValueError("--output records the weights as they are saved, which --fuse changes: leave one of them out")
     detector = _load_detector(args.name, args)
     result = evaluate(
         detector,
@@ -627,6 +629,7 @@ def _add_model_flags(verb: argparse.ArgumentParser) -> None:
     labels.add_argument("--class-names", type=_names, metavar="A,B,..", help="classes of a checkpoint that names none")
     labels.add_argument("--num-classes", type=positive_int, metavar="N", help="their number, if names do not matter")
     verb.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ..; default: a GPU where there is one")
+    verb.add_argument("--fuse", action="store_true", help="fold BatchNorm: faster, the same up to rounding")
 
 
 def _add_model_args(verb: argparse.ArgumentParser) -> None:
@@ -659,7 +662,8 @@ def _load_detector(name: str | None, args: argparse.Namespace) -> Detector:
     else:
         pretrained = args.checkpoint is None
         detector = create_detector(name or DEFAULT_DETECTOR, pretrained, checkpoint=args.checkpoint, **classes)
-    return detector.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    detector = detector.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return detector.fuse() if args.fuse else detector
 
 
 def _check_device(device: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class Detector(nn.Module):
         name: the registered or grammar name.
         arch: the arguments that built it, JSON-able.
         pretrained_cfg: input protocol, label space and provenance.
+        fused: whether ``fuse`` has made it one for inference only.
     """
 
     mean: Tensor
@@ -72,6 +73,7 @@ class Detector(nn.Module):
         super().__init__()
         self.name, self.arch, self.pretrained_cfg, self.in_chans = name, dict(arch), pretrained_cfg, in_chans
         self.backbone, self.neck, self.head = backbone, neck, head
+        self.fused = False
         for key in ("mean", "std"):
             values = torch.tensor(getattr(pretrained_cfg, key), dtype=torch.float32)
             if len(values) != in_chans:
@@ -94,7 +96,12 @@ class Detector(nn.Module):
         return self.mean.device
 
     def config(self) -> dict[str, Any]:
-        """JSON-able record that, with the state dict, gives the same detector again."""
+        """JSON-able record that, with the state dict, gives the same detector again; every way to save it needs it.
+
+        Raises:
+            ValueError: for a fused detector, whose state dict no other detector could load.
+        """
+        self._check_unfused("saved")
         return {
             "format_version": FORMAT_VERSION,
             "name": self.name,
@@ -107,16 +114,37 @@ class Detector(nn.Module):
         for part in (self.backbone, self.neck):
             part.set_grad_checkpointing(enable)  # type: ignore[operator]
 
-    def fuse(self) -> Detector:
+    def fuse(self) -> Self:
         """Make inference faster: the backbone's BatchNorm goes into its convolutions, memory becomes channels-last.
 
-        In place. Results stay the same up to rounding. A fused detector no longer suits training, and its state dict
-        has other keys: save it before.
+        In place, like the ``fuse`` of timm's models; a second call does nothing. Results stay the same up to rounding.
+        What was folded cannot be told apart again, so a fused detector cannot be trained or saved: it belongs at the
+        end of what loads the weights. ``copy.deepcopy`` first keeps one that can.
         """
-        backbone = cast(Backbone, self.eval().backbone)
-        height, width = backbone.image_size or (64, 64)
-        fuse_batch_norms(backbone, self.mean.new_zeros(1, self.in_chans, height, width))
+        self.eval()
+        if not self.fused:
+            backbone = cast(Backbone, self.backbone)
+            height, width = backbone.image_size or (64, 64)
+            fuse_batch_norms(backbone, self.mean.new_zeros(1, self.in_chans, height, width))
+            self.fused = True
         return self.to(memory_format=torch.channels_last)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, or with ``mode=False`` evaluation mode.
+
+        Raises:
+            ValueError: if a fused detector is to train.
+        """
+        if mode:
+            self._check_unfused("trained")
+        return super().train(mode)
+
+    def _check_unfused(self, verb: str) -> None:
+        if self.fused:
+            raise ValueError(
+                f"{self.name} is fused, which makes it fit for inference only: it cannot be {verb}. "
+                "Use the detector as it was before fuse(), or create it anew"
+            )
 
     def normalise(self, images: Tensor, image_sizes: Tensor | None) -> Tensor:
         """Images (B, C, H, W) in 0..255 -> normalised float images, zero outside each picture."""

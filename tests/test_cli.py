@@ -273,6 +273,24 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
 # -- eval --------------------------------------------------------------------------------------------------------------
 
 
+def test_predict_and_eval_fuse(
+    folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused: list[bool] = []
+    forward = dyhead_zoo.Detector.forward
+    monkeypatch.setattr(
+        dyhead_zoo.Detector, "forward", lambda self, *args: fused.append(self.fused) or forward(self, *args)
+    )
+    flags = ["--checkpoint", str(weights), "--fuse"]
+    assert cli.main(["predict", str(folder / "1.png"), "--output", str(tmp_path), "--no-draw", *flags]) == 0
+    assert cli.main(["eval", TINY, *data_flags(folder), *flags]) == 0
+    assert len(fused) == 5 and all(fused)
+    capsys.readouterr()
+    assert "leave one of them out" in failure(
+        capsys, "eval", TINY, *data_flags(folder), *flags, "--output", tmp_path / "eval.json"
+    )
+
+
 def test_eval_writes_result_and_predictions(
     folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

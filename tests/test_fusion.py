@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dyhead_zoo import create_detector
+from dyhead_zoo import create_detector, save_for_hub
+from dyhead_zoo.detector import TrainStep
+from dyhead_zoo.engine.checkpoint import write_weights
 from dyhead_zoo.layers.backbone import Backbone
 from dyhead_zoo.layers.fusion import fuse_batch_norms
 
@@ -80,3 +85,38 @@ def test_a_fused_detector_finds_the_same() -> None:
     assert len(before) and not any(isinstance(part, nn.BatchNorm2d) for part in detector.backbone.modules())
     torch.testing.assert_close(after.scores, before.scores)
     torch.testing.assert_close(after.boxes, before.boxes)
+
+
+def test_fusing_twice_is_fusing_once() -> None:
+    detector = create_detector("test_atss_dyhead1", pretrained=True).train().fuse()
+    assert detector.fused and not detector.training
+    before = {key: value.clone() for key, value in detector.state_dict().items()}
+    assert detector.fuse() is detector
+    assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
+
+
+def test_a_fused_detector_is_neither_trained_nor_saved(tmp_path: Path) -> None:
+    detector = create_detector("test_atss_dyhead1", pretrained=True)
+    fused = copy.deepcopy(detector).fuse()
+    for refused in (fused.train, TrainStep(fused).train):
+        with pytest.raises(ValueError, match="test_atss_dyhead1 is fused.* cannot be trained.* before fuse"):
+            refused()
+    assert not any(part.training for part in fused.modules())
+    for save in (lambda: save_for_hub(fused, tmp_path / "new"), lambda: write_weights(tmp_path / "w", fused, {})):
+        with pytest.raises(ValueError, match=r"test_atss_dyhead1 is fused.* cannot be saved"):
+            save()
+    assert not list(tmp_path.iterdir())
+    fused.eval().predict(torch.zeros(3, 40, 60, dtype=torch.uint8))
+    assert save_for_hub(detector.train(), tmp_path / "new").is_dir()  # the copy that was not fused
+
+
+@pytest.mark.parametrize("name", ["test_atss", "fcos_mobilenetv3_small_050", "detr_resnet18"])
+def test_other_families_fuse(name: str) -> None:
+    detector = create_detector(name, num_classes=3).eval()
+    shaken(detector.backbone)
+    images = torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = detector.decode_tensors(detector(images))
+        after = detector.fuse().decode_tensors(detector(images))
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in detector.backbone.modules())
+    torch.testing.assert_close(after.scores, before.scores, atol=1e-4, rtol=1e-4)

@@ -19,8 +19,10 @@ def fuse_batch_norms(module: nn.Module, *inputs: Any) -> int:
     identity, or to its activation where it has one, and its convolution gets a bias; so the module no longer suits
     training, and its state dict has other keys: save it before.
 
-    Normalising the image is not folded into the first convolution: the convolution pads with zeros *after*
-    normalisation, which would need another padding for each channel before it.
+    Normalising the image is not folded into the first convolution. The convolution pads with zeros, and the detector
+    clears what lies outside each picture, both *after* normalisation; before it, the same would have to be the mean of
+    each channel. Folded with plain zeros, the outermost pixels of every map would change. Filling the padding with the
+    means is exact, but writes every pixel of the canvas once, and so costs what normalising does.
 
     Args:
         module: in evaluation mode; norms in training mode are left alone.
@@ -83,4 +85,5 @@ def _foldable(conv: nn.Module, norm: Any) -> bool:
 
 def _successor(norm: nn.Module) -> nn.Module:
     """What remains of a norm without its affine map."""
-    return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    remains = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    return remains.eval()

@@ -16,7 +16,7 @@ from rcnn_helpers import (
 )
 from torchvision.models.detection import maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
 
-from dyhead_zoo import PretrainedCfg, create_detector, list_detectors, list_tags, load_checkpoint
+from dyhead_zoo import LabelSpace, PretrainedCfg, create_detector, list_detectors, list_tags, load_checkpoint
 from dyhead_zoo.data import CocoDataset, make_eval_loader
 from dyhead_zoo.engine.evaluate import evaluate
 from dyhead_zoo.layers.roi_heads import mask_targets
@@ -65,6 +65,27 @@ def test_no_detection_no_mask():
     detector = create_detector("test_mask_rcnn", num_classes=3, score_threshold=1.0)
     (found,) = detector.decode(detector(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)))
     assert len(found) == 0 and found.masks.shape == (0, 28, 28)
+
+
+def test_one_box_and_one_mask_for_all_classes():
+    torch.manual_seed(0)
+    detector = create_detector("test_mask_rcnn", num_classes=3, class_agnostic=True, class_agnostic_masks=True)
+    state = detector.state_dict()
+    assert (len(state["head.box.0.box_deltas.bias"]), len(state["head.mask.0.logits.bias"])) == (4, 1)
+    raw = detector(torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8))
+    target = {
+        "boxes": torch.tensor([[5.0, 5, 40, 60], [50, 8, 90, 50]]),
+        "labels": torch.tensor([2, 0]),
+        "masks": torch.ones(2, 64, 96, dtype=torch.bool),
+    }
+    sum(detector.loss(raw, [target]).values()).backward()
+    assert all(p.grad is not None for p in detector.head.parameters())
+    detector.head.score_threshold = 0.0
+    (found,) = detector.decode(raw)
+    assert found.masks is not None and len(found.masks) == len(found) > 0 and len(found.labels.unique()) == 3
+    relabelled = create_detector("test_mask_rcnn", num_classes=5, class_agnostic=True, class_agnostic_masks=True)
+    load_checkpoint(relabelled, state, label_space=LabelSpace.from_names(["a", "b", "c"]))
+    assert torch.equal(relabelled.head.mask[0].logits.bias, detector.head.mask[0].logits.bias)
 
 
 def test_mask_rows_follow_their_class_name():

@@ -21,6 +21,9 @@ from dyhead_zoo.layers.targets import cells_inside
 from dyhead_zoo.layers.tower import ConvTower
 from dyhead_zoo.structures import DetectionTensors, Target
 
+POSITIVE_IOU, NEGATIVE_IOU = 0.7, 0.3
+"""Of an anchor with an object: from the one on it learns that object, below the other it learns that there is none."""
+
 
 def sample(owner: Tensor, number: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
     """Draw a fixed number of anchors or RoIs of one picture, so that the many negatives do not drown the positives.
@@ -144,8 +147,8 @@ class RegionProposalNetwork(nn.Module):
             owner[inside] = max_iou_assign(
                 anchors[inside],
                 target["boxes"].to(anchors),
-                positive=0.7,
-                negative=0.3,
+                positive=POSITIVE_IOU,
+                negative=NEGATIVE_IOU,
                 low_quality=self.low_quality,
                 least=self.least,
             )

@@ -147,8 +147,9 @@ class Proposals(nn.Module):
         self.query_fc, self.query_norm = nn.Linear(2 * channels, 2 * channels), nn.LayerNorm(2 * channels)
         init_matrices(self)
 
-    def tokens(self, memory: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Memory (B, S, C) to what is classified (B, S, C), and the first guess at each box as a logit (B, S, 4).
+    @staticmethod
+    def guesses(layout: Layout) -> Tensor:
+        """The first guess at the box of each token: logits (B, S, 4) of (cx, cy, w, h) in units of the picture.
 
         Tokens in the padding or within a hundredth of the picture's edge are blank; their guess is infinite.
         """
@@ -157,7 +158,12 @@ class Proposals(nn.Module):
         side = torch.cat(sides).to(places)[:, None].expand(len(places), -1, 2)
         boxes = torch.cat((places, side), dim=-1)
         blank = layout.padding[..., None] | ((boxes <= 0.01) | (boxes >= 0.99)).any(-1, keepdim=True)
-        guess = torch.log(boxes / (1 - boxes)).masked_fill(blank, math.inf)
+        return torch.log(boxes / (1 - boxes)).masked_fill(blank, math.inf)
+
+    def tokens(self, memory: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Memory (B, S, C) to what is classified (B, S, C), zero where blank, and ``guesses`` (B, S, 4)."""
+        guess = self.guesses(layout)
+        blank = guess.isinf().any(-1, keepdim=True)
         return self.memory_norm(self.memory_fc(memory.masked_fill(blank, 0))), guess
 
     def queries(self, boxes: Tensor) -> tuple[Tensor, Tensor]:

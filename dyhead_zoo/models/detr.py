@@ -150,6 +150,7 @@ class DETRHead(nn.Module):
             raise ValueError(f"strides={strides}: DETR reads one level, such as strides=(32,)")
         check_channels(in_channels, heads)
         self.num_classes, self.unused_rows, self.no_object_weight = num_classes, unused_rows, no_object_weight
+        self.num_queries = num_queries
         self.score_threshold, self.max_detections = score_threshold, max_detections
         self.transformer = Transformer(in_channels, heads, encoder_layers, decoder_layers, feedforward, dropout)
         self.queries = nn.Embedding(num_queries, in_channels)
@@ -282,6 +283,12 @@ cfgs = {
 def detr_resnet50(pretrained: bool = False, **kwargs: Any) -> Detector:
     """DETR, ResNet-50."""
     return detr("detr_resnet50", pretrained, kwargs, backbone="resnet50")
+
+
+@register_detector
+def detr_resnet50_dyhead6(pretrained: bool = False, **kwargs: Any) -> Detector:
+    """DETR, ResNet-50, six DyHead blocks on its one level before the encoder."""
+    return detr("detr_resnet50_dyhead6", pretrained, kwargs, backbone="resnet50", dyhead=6)
 
 
 @register_detector

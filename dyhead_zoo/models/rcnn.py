@@ -100,10 +100,12 @@ class RCNNHead(nn.Module):
         box_low_quality: whether the region that overlaps an object best is its own whatever other object it overlaps
             more (mmdet's Mask R-CNN), see ``max_iou_assign``.
         box_convs, roi_norm, box_hidden: see ``BoxHead``; the norm is the mask heads' too.
+        class_agnostic: one box per region for all classes, as several stages have in any case.
         task_after_roi: task attention in place of the fully connected layers, see ``BoxHead``.
         score_mean: what several stages' scores are the mean of: ``'logits'`` or ``'probabilities'``.
         mask_heads: 0: no masks; else the first so many stages have a mask head, which learns on their regions
             (detectron2's Cascade R-CNN has one, mmdet's one per stage).
+        class_agnostic_masks: one mask per region for all classes.
         soft_masks: see ``binary`` of ``mask_targets``.
         pad_divisor: see ``RegionProposalNetwork``.
         score_threshold, nms_threshold, max_detections: of the detections.
@@ -140,10 +142,12 @@ class RCNNHead(nn.Module):
         box_low_quality: bool = False,
         box_convs: int = 0,
         box_hidden: Sequence[int] = (1024, 1024),
+        class_agnostic: bool = False,
         roi_norm: Norm = False,
         task_after_roi: bool = False,
         score_mean: Literal["logits", "probabilities"] = "probabilities",
         mask_heads: int = 0,
+        class_agnostic_masks: bool = False,
         soft_masks: bool = False,
         pad_divisor: int = 32,
         score_threshold: float = 0.05,
@@ -188,7 +192,8 @@ class RCNNHead(nn.Module):
             score_threshold=rpn_score_threshold,
         )
         self.pooler = RoIPooler(strides[:roi_levels], roi_aligned, roi_sampling)
-        self.per_class = len(self.stage_ious) == 1
+        self.per_class = len(self.stage_ious) == 1 and not class_agnostic
+        self.masks_per_class = not class_agnostic_masks
         self.box = nn.ModuleList(
             BoxHead(
                 in_channels,
@@ -202,7 +207,8 @@ class RCNNHead(nn.Module):
             )
             for _ in self.stage_ious
         )
-        self.mask = nn.ModuleList(MaskHead(in_channels, num_classes, norm=roi_norm) for _ in range(mask_heads))
+        maps = num_classes if self.masks_per_class else 1
+        self.mask = nn.ModuleList(MaskHead(in_channels, maps, norm=roi_norm) for _ in range(mask_heads))
 
     def class_rows(self) -> dict[str, ClassRows]:
         """Parameters with rows per class."""
@@ -212,7 +218,7 @@ class RCNNHead(nn.Module):
                 rows[f"box.{stage}.cls_logits.{name}"] = ClassRows(extra=self.unused_rows + 1)
                 if self.per_class:
                     rows[f"box.{stage}.box_deltas.{name}"] = ClassRows(rows_per_class=4)
-                if stage < len(self.mask):
+                if stage < len(self.mask) and self.masks_per_class:
                     rows[f"mask.{stage}.logits.{name}"] = ClassRows()
         return rows
 
@@ -346,10 +352,14 @@ class RCNNHead(nn.Module):
                 for target, owner, b in zip(targets, drawn.owner, boxes, strict=True)
             ]
         )
-        logits = self.mask[stage](self.pooler(features, as_rois(boxes), MASK_SIZE // 2)).float()
-        chosen = logits[torch.arange(len(labels), device=labels.device), labels]
-        divisor = mean_over_ranks(logits.new_tensor(float(wanted.numel()))).clamp(min=1)
+        chosen = self._of_class(self.mask[stage](self.pooler(features, as_rois(boxes), MASK_SIZE // 2)), labels)
+        divisor = mean_over_ranks(chosen.new_tensor(float(wanted.numel()))).clamp(min=1)
         return F.binary_cross_entropy_with_logits(chosen, wanted, reduction="sum") / divisor
+
+    def _of_class(self, maps: Tensor, labels: Tensor) -> Tensor:
+        """Maps (R, C or 1, M, M) of the labels (R,): (R, M, M) float32."""
+        place = labels if self.masks_per_class else torch.zeros_like(labels)
+        return maps.float()[torch.arange(len(labels), device=labels.device), place]
 
     # --- detections --------------------------------------------------------------------------------------------------
 
@@ -392,8 +402,7 @@ class RCNNHead(nn.Module):
     def mask_logits(self, features: Sequence[Tensor], boxes: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Logits (S, R, M, M) of each of S mask heads, for boxes (N_i, 4) of each picture and their labels (R,)."""
         pooled = self.pooler(features, as_rois(boxes), MASK_SIZE // 2)
-        rows = torch.arange(len(labels), device=labels.device)
-        return torch.stack([head(pooled).float()[rows, labels] for head in self.mask])
+        return torch.stack([self._of_class(head(pooled), labels) for head in self.mask])
 
 
 def _rows_in_use(found: DetectionTensors) -> Tensor:

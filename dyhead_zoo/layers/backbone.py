@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.layers.halo_attn import HaloAttn
 from timm.layers.non_local_attn import BilinearAttnTransform
 from timm.models import adapt_input_conv, group_parameters
+from timm.models.crossvit import CrossVit
 from timm.models.hrnet import HighResolutionNet
 from timm.models.resnet import Bottleneck
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
@@ -339,12 +340,21 @@ def _block_side(body: nn.Module) -> int:
 
 
 def _freeze_unread_branches(body: nn.Module, taps: Sequence[int]) -> None:
-    """HRNet's branches end together; what makes the outputs that no level reads gets no gradient, which DDP refuses."""
+    """Freeze what makes outputs that no level reads: it gets no gradient, which DistributedDataParallel refuses.
+
+    HRNet's branches end together. CrossViT's last block ends with an exchange between the class tokens of its branches.
+    """
     if isinstance(body, HighResolutionNet):
         for branch in set(range(len(body.stage4[-1].fuse_layers))) - {tap - 1 for tap in taps}:
             body.stage4[-1].fuse_layers[branch].requires_grad_(False)
             if body.incre_modules is not None and branch < len(body.incre_modules):
                 body.incre_modules[branch].requires_grad_(False)
+    if isinstance(body, CrossVit):
+        last = cast(Any, body.blocks[-1])
+        for exchange in (last.projs, last.fusion, last.revert_projs):
+            exchange.requires_grad_(False)
+        for branch in set(range(body.num_branches)) - {tap // len(body.blocks) for tap in taps}:
+            last.blocks[branch].requires_grad_(False)
 
 
 def _nearest_level(reductions: Sequence[int], stride: int) -> int:

@@ -1,11 +1,11 @@
 """Write what the documentation takes from the code, the records and a real forward pass.
 
-    python docs/generate.py           write the tables of results.md and dyhead.md, and the figures
+    python docs/generate.py           write the tables of the pages, and the figures
     python docs/generate.py --check   write nothing; exit status 1 if any of them is stale
 
 A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` of its page; the rest of a page is written by
 hand. Figures measured by us come from ``hub/<name.tag>/eval.json``, those of others from the ``reported`` field of the
-weights' ``PretrainedCfg``. The two never share a table.
+weights' ``PretrainedCfg``; the two never share a column. Sizes come from ``hub/sizes.csv``, see ``hub/sizes.py``.
 """
 
 from __future__ import annotations
@@ -97,6 +97,51 @@ def names() -> str:
         tags = ", ".join(f"`{tag}`" for tag in list_tags(name))
         rows.append([f"`{name}`", get_pretrained_cfg(name).status, tags])
     return table(["name", "weights", "tags, the default first"], rows)
+
+
+def families() -> str:
+    """Size, cost, weights and figures of every family, with and without DyHead: one row per detector of sizes.csv."""
+    rows = []
+    for size in csv.DictReader((HUB / "sizes.csv").open()):
+        name = size["name"]
+        rows.append(
+            [
+                size["family"],
+                f"`{name}`",
+                f"{int(size['parameters']) / 1e6:.1f}",
+                f"{int(size['multiply_adds']) / 1e9:.1f}",
+                f"{size['height']} x {size['width']}",
+                _reported_of(name),
+                _measured_of(name),
+            ]
+        )
+    header = ["family", "name", "parameters, M", "multiply-adds, G", "at, px", "tags: AP reported", "AP measured"]
+    return table(header, rows)
+
+
+def _reported_of(name: str) -> str:
+    """The tags of a detector with their box AP / mask AP as reported, a line for each source."""
+    sources: dict[str, list[str]] = {}
+    for tag in list_tags(name):
+        cfg = get_pretrained_cfg(f"{name}.{tag}")
+        text = " ".join([f"`{tag}`", *([_box_and_mask(cfg.reported)] if cfg.reported else [])])
+        sources.setdefault(cfg.reported_by or "", []).append(text if cfg.has_weights else f"{text} (no download)")
+    return "<br>".join(", ".join(tags) + (f": {source}" if source else "") for source, tags in sources.items())
+
+
+def _box_and_mask(figures: Mapping[str, float]) -> str:
+    """``40.9`` or ``40.9 / 37.1``, of figures in percent."""
+    return " / ".join(f"{figures[key]:.1f}" for key in ("AP", "mask_AP") if key in figures)
+
+
+def _measured_of(name: str) -> str:
+    """The records of a detector's tags: box AP, and on what."""
+    lines = []
+    for weights, record in records().items():
+        if weights.partition(".")[0] == name:
+            data = (get_pretrained_cfg(weights).measured_on or "").partition(";")[0]
+            lines.append(f"`{weights.partition('.')[2]}` {percent(record['metrics']['AP'])}: {data}")
+    return "<br>".join(lines)
 
 
 _STARTS = {"backbone": "ImageNet weights of the backbone", "detector": "the bundled detector", "random": "nothing"}
@@ -191,6 +236,7 @@ def generated() -> dict[Path, str]:
     pages: dict[str, dict[str, Callable[[], str]]] = {
         "results.md": {"measured": measured, "reported": reported, "per class": per_class},
         "detectors.md": {"names": names},
+        "families.md": {"families": families},
         "finetune.md": {"fruit": learned("fruit300.csv")},
         "dyhead.md": {
             "by heart": learned("overfit.csv"),

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torchvision  # noqa: F401  (registers torch.ops.torchvision)
@@ -16,7 +16,8 @@ from dyhead_zoo import registry
 from dyhead_zoo.detector import Detector
 from dyhead_zoo.factory import create_detector
 from dyhead_zoo.hub import fetch_repository
-from dyhead_zoo.layers.backbone import Backbone
+from dyhead_zoo.layers.fpn import DyHeadNeck
+from dyhead_zoo.models.rcnn import BOX_SIZE, MASK_SIZE, RCNNHead
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.saved import check_weights, saved_config
 from dyhead_zoo.weight_files import weights_in
@@ -28,21 +29,29 @@ def count_parameters(detector: Detector) -> int:
 
 
 def count_macs(detector: Detector, height: int, width: int) -> int:
-    """Multiply-adds of one forward pass on one image of ``height`` x ``width`` pixels, decoding left out.
+    """Multiply-adds of all layers on one image of ``height`` x ``width`` pixels, decoding left out.
 
-    Counted are convolutions, deformable ones included, and matrix products; not counted are normalisation, activations,
-    pooling and the bilinear sampling of deformable convolutions, as in the tables of most papers. The pass runs on the
-    meta device: shapes only, no arithmetic.
+    Counted are convolutions, deformable ones included, and matrix products, attention's among them; not counted are
+    normalisation, activations, pooling and bilinear sampling (of deformable convolutions and attention, of regions), as
+    in the tables of most papers. Two-stage detectors read as many regions as they propose at most, and draw as many
+    masks as they give detections at most. The pass runs on the meta device: shapes only, no arithmetic.
     """
-    shadow = copy.deepcopy(detector).to("meta").eval()
-    for module in shadow.modules():
-        if isinstance(module, Backbone):
-            module.full_precision = False  # it would ask for autocast, which the meta device lacks
+    shadow = copy.deepcopy(detector).to("meta").eval().requires_grad_(False)
     images = torch.empty(1, detector.in_chans, height, width, dtype=torch.uint8, device="meta")
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_conv_flops})
     with counter, torch.no_grad():
         shadow(images)
+        if isinstance(head := getattr(shadow, "head", None), RCNNHead):
+            _read_regions(head, cast(DyHeadNeck, shadow.neck).channels)
     return counter.get_total_flops() // 2
+
+
+def _read_regions(head: RCNNHead, channels: int) -> None:
+    """Every stage looks at every proposal, and every mask head at every detection; which they are does not matter."""
+    for box_head in head.box:
+        box_head(torch.empty(head.proposals[1], channels, BOX_SIZE, BOX_SIZE, device="meta"))
+    for mask_head in head.mask:
+        mask_head(torch.empty(head.max_detections, channels, MASK_SIZE // 2, MASK_SIZE // 2, device="meta"))
 
 
 def _deform_conv_flops(

@@ -248,7 +248,8 @@ class Backbone(nn.Module):
         if min(height, width) < _MIN_INPUT:
             raise ValueError(f"the canvas is {height} x {width} px: pad images to at least {_MIN_INPUT} px a side")
         images = self._pad(images)
-        precision = torch.autocast(images.device.type, enabled=False) if self.full_precision else nullcontext()
+        exact = self.full_precision and not images.is_meta  # which lacks autocast
+        precision = torch.autocast(images.device.type, enabled=False) if exact else nullcontext()
         with precision, self._reading() as read:
             taps = cast(Any, self.body).forward_intermediates(
                 images, indices=self._take, stop_early=True, output_fmt="NCHW", intermediates_only=True

@@ -192,6 +192,12 @@ def cascade_mask_rcnn_resnet50(pretrained: bool = False, **kwargs: Any) -> Detec
 
 
 @register_detector
+def cascade_mask_rcnn_resnet50_dyhead6(pretrained: bool = False, **kwargs: Any) -> Detector:
+    """Cascade R-CNN with masks, ResNet-50, six DyHead blocks on P2 to P6."""
+    return cascade_mask_rcnn("cascade_mask_rcnn_resnet50_dyhead6", pretrained, kwargs, backbone="resnet50", dyhead=6)
+
+
+@register_detector
 def cascade_mask_rcnn_resnet101(pretrained: bool = False, **kwargs: Any) -> Detector:
     """Cascade R-CNN with masks, ResNet-101."""
     return cascade_mask_rcnn("cascade_mask_rcnn_resnet101", pretrained, kwargs, backbone="resnet101")

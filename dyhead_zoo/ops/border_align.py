@@ -42,6 +42,8 @@ def border_align(x: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor:
     if boxes.ndim != 3 or boxes.shape[::2] != (len(x), 4):
         raise ValueError(f"boxes of shape {tuple(boxes.shape)}: expected ({len(x)}, P, 4), xyxy in cells")
     x = x if x.dtype is torch.float64 else x.float()
+    if x.is_meta:  # shapes only; sampling nothing dozens of times takes seconds there
+        return x.new_empty(*x.shape[:2], boxes.shape[1])
     boxes = boxes.detach().to(x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
         out: Tensor = _BorderAlign.apply(x, boxes, pool_size)

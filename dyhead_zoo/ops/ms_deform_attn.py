@@ -12,6 +12,7 @@ as large as what comes out, are not kept but made again in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def ms_deform_attn(value: Tensor, shapes: Sequence[tuple[int, int]], places: Ten
     if sum(areas) != value.shape[1]:
         raise ValueError(f"value has {value.shape[1]} cells, but levels of {list(shapes)} have {sum(areas)}")
     dtype = torch.promote_types(value.dtype, torch.float32)
-    with torch.autocast(value.device.type, enabled=False):
+    with nullcontext() if value.is_meta else torch.autocast(value.device.type, enabled=False):
         levels = [
             part.permute(0, 2, 3, 1).reshape(-1, value.shape[3], *shape)
             for part, shape in zip(value.to(dtype).split(areas, dim=1), shapes, strict=True)

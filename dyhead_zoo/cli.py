@@ -443,15 +443,23 @@ def _add_benchmark(verbs: Any) -> argparse.ArgumentParser:
         help="measure what things cost on this machine",
         description="op: the deformable convolution; head: six DyHead blocks, inference; train: the same, forward and "
         "backward; each against dense convolutions and torchvision's operator. detector: a whole detector, its parts "
-        "and a training step. photo: the stages from a JPEG to boxes.",
+        "and a training step. photo: the stages from a JPEG to boxes. data: making batches, by stages. eval: scoring "
+        "detections, against pycocotools.",
     )
-    verb.add_argument("what", choices=("op", "head", "train", "detector", "photo"))
+    verb.add_argument("what", choices=("op", "head", "train", "detector", "photo", "data", "eval"))
     verb.add_argument(
-        "name", nargs="?", metavar="NAME", help="of detector and photo; default: atss_resnet50_dyhead6, the bundled one"
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="of detector, photo and data; default: atss_resnet50_dyhead6, the bundled one, both",
     )
     verb.add_argument("--reps", type=positive_int, default=7, metavar="N", help="rounds; default: %(default)s")
     verb.add_argument("--threads", type=positive_int, default=1, metavar="N", help="of PyTorch; default: %(default)s")
-    verb.add_argument("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="of the maps (op) or images")
+    verb.add_argument(
+        "--size", type=positive_int, nargs=2, metavar=("H", "W"), help="of the maps (op), images, or files (data)"
+    )
+    verb.add_argument("--images", type=Path, metavar="DIR", help="data: folder of images; default: synthetic JPEGs")
+    verb.add_argument("--annotations", type=Path, metavar="FILE", help="data: COCO-format JSON file of the same")
     verb.add_argument("--csv", type=Path, metavar="FILE", help="also write the figures there")
     verb.set_defaults(run=run_benchmark)
     return verb
@@ -461,7 +469,8 @@ def run_benchmark(args: argparse.Namespace) -> int:
     """Measure and print a table."""
     from dyhead_zoo.engine import benchmark, benchmark_cases
 
-    cases = benchmark_cases.cases(args.what, args.name, size=tuple(args.size) if args.size else None)
+    size = tuple(args.size) if args.size else None
+    cases = benchmark_cases.cases(args.what, args.name, size=size, images=args.images, annotations=args.annotations)
     benchmark.run_benchmark(cases, args.reps, args.csv, threads=args.threads)
     return 0
 

@@ -75,6 +75,19 @@ def test_unknown_benchmarks_are_named() -> None:
         benchmark_cases.cases("ops")
 
 
+@pytest.mark.parametrize(
+    ("what", "given", "flag"),
+    [
+        ("op", {"name": "test_atss"}, "NAME"),
+        ("photo", {"size": (64, 64)}, "--size"),
+        ("eval", {"images": "x"}, "--images"),
+    ],
+)
+def test_what_a_benchmark_has_no_use_for_is_named(what: str, given: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ValueError, match=f"benchmark {what} has no use for {flag}"):
+        benchmark_cases.cases(what, **given)
+
+
 def outputs(case: Case) -> dict[str, Any]:
     """What each contestant gives; every name in a pair is a contestant."""
     assert {name for pair in case.pairs for name in pair} <= set(case.contestants)
@@ -148,5 +161,6 @@ def test_photo_cases(tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
     Image.new("RGB", (90, 70), "red").save(photo)
     (case,) = benchmark_cases.photo_cases(create_detector("atss_lite0_dyhead2"), photo)
-    outputs(case)
+    given = outputs(case)
+    torch.testing.assert_close(given["predict, fused"][0].scores, given["predict"][0].scores, atol=1e-4, rtol=1e-3)
     assert ("read", "predict") in case.pairs and ("DyHead", "predict") in case.pairs

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,20 +25,31 @@ from dyhead_zoo.version import __version__
 
 Contestant = Callable[[], object]
 
+OTHERS = ("onnxruntime", "openvino", "pycocotools", "hotcoco")
+"""Packages whose version a figure may depend on, where they are installed."""
+
 
 class Case(NamedTuple):
-    """Contestants that do the same work, and which of them to compare: (subject, baseline) pairs."""
+    """Contestants that do the same work, and which of them to compare.
+
+    Attributes:
+        name: what the work is.
+        contestants: what to time, by name.
+        pairs: (subject, baseline), names of contestants.
+        images: how many of them a baseline handles, where its speed is to be told in images/s; else 0.
+    """
 
     name: str
     contestants: dict[str, Contestant]
     pairs: tuple[tuple[str, str], ...]
+    images: int = 0
 
 
 @dataclass(frozen=True)
 class BenchmarkRow:
     """Time of ``subject`` / time of ``baseline``: median, lower and upper quartile over ``reps`` turns.
 
-    ``subject_ms`` and ``baseline_ms`` are medians.
+    ``subject_ms`` and ``baseline_ms`` are medians; ``images`` is as in ``Case``.
     """
 
     case: str
@@ -50,6 +61,7 @@ class BenchmarkRow:
     subject_ms: float
     baseline_ms: float
     reps: int
+    images: int = 0
 
 
 def run_benchmark(
@@ -78,14 +90,15 @@ def run_benchmark(
                 row = _compare(case, subject, baseline, reps, clock)
                 print(
                     f"{row.case:34s} {row.subject + ' / ' + row.baseline:32s} {row.ratio:5.2f}  "
-                    f"({row.lower:.2f} to {row.upper:.2f})  {row.subject_ms:.1f} / {row.baseline_ms:.1f} ms",
+                    f"({row.lower:.2f} to {row.upper:.2f})  {row.subject_ms:.1f} / {row.baseline_ms:.1f} ms"
+                    + (f", {1000 * row.images / row.baseline_ms:.1f} images/s" if row.images else ""),
                     flush=True,
                 )
                 rows.append(row)
     finally:
         torch.set_num_threads(before)
         if csv is not None and rows:
-            _write_csv(rows, Path(csv), threads)
+            write_csv(rows, csv, threads)
     return rows
 
 
@@ -95,7 +108,7 @@ def _compare(case: Case, subject: str, baseline: str, reps: int, clock: Callable
     a, b = zip(*turns[1:], strict=True)  # the first turn is for warming up
     lower, ratio, upper = statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4, method="inclusive")
     milliseconds = (1000 * statistics.median(a), 1000 * statistics.median(b))
-    return BenchmarkRow(case.name, subject, baseline, ratio, lower, upper, *milliseconds, reps)
+    return BenchmarkRow(case.name, subject, baseline, ratio, lower, upper, *milliseconds, reps, case.images)
 
 
 def _seconds(contestant: Contestant, clock: Callable[[], float]) -> float:
@@ -104,12 +117,13 @@ def _seconds(contestant: Contestant, clock: Callable[[], float]) -> float:
     return clock() - start
 
 
-def _write_csv(rows: Sequence[BenchmarkRow], path: Path, threads: int) -> None:
+def write_csv(rows: Sequence[Any], path: str | os.PathLike[str], threads: int) -> None:
+    """Rows of one dataclass as a CSV file, each with the machine, the number of threads, and the versions."""
     versions = {"dyhead_zoo": __version__, "torch": torch.__version__}
-    versions |= {name: _version(name) for name in ("torchvision", "timm", "onnxruntime", "openvino")}
+    versions |= {name: _version(name) for name in ("torchvision", "timm", *OTHERS)}
     records = [asdict(row) | {"machine": _machine(), "threads": threads} | versions for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("w", newline="") as file:
         writer = csv_format.DictWriter(file, list(records[0]))
         writer.writeheader()
         writer.writerows(records)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from dyhead_zoo.detector import Detector, TrainStep
 from dyhead_zoo.engine import benchmark_runtimes
 from dyhead_zoo.engine.benchmark import Case, Contestant
+from dyhead_zoo.engine.benchmark_data import DETECTORS, PICTURE, data_cases, eval_cases
 from dyhead_zoo.engine.predict import sample_photo
 from dyhead_zoo.factory import create_detector
 from dyhead_zoo.layers.dyhead import DeformConv3x3, DyHead
-from dyhead_zoo.layers.fusion import fuse_batch_norms
 from dyhead_zoo.ops import modulated_deform_conv2d
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -32,20 +32,44 @@ STRIDES = (8, 16, 32, 64, 128)
 MAPS = ((64, 64), (100, 168))
 IMAGES = ((640, 640), (800, 1344))
 
+USES: dict[str, tuple[str, ...]] = {
+    "op": ("--size",),
+    "head": ("--size",),
+    "train": ("--size",),
+    "detector": ("NAME", "--size"),
+    "photo": ("NAME",),
+    "data": ("NAME", "--size", "--images", "--annotations"),
+    "eval": (),
+}
+"""Benchmarks, and what each can be given."""
+
 _randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
 
 
-def cases(what: str, name: str | None = None, *, size: tuple[int, int] | None = None) -> Iterator[Case]:
+def cases(
+    what: str,
+    name: str | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    images: Path | None = None,
+    annotations: Path | None = None,
+) -> Iterator[Case]:
     """The cases of one verb of the command line.
 
     Args:
-        what: op, head, train, detector or photo.
-        name: the detector, for the last two; weights are random for ``detector``.
-        size: (height, width) of the map or image, if not the default ones; none for photo.
+        what: op, head, train, detector, photo, data or eval.
+        name: of a detector, for detector (with random weights), photo and data.
+        size: (height, width) of the maps (op), images (head, train, detector) or files (data), if not the default ones.
+        images, annotations: a COCO-format data set, for data.
 
     Raises:
-        ValueError: ``what`` is unknown.
+        ValueError: ``what`` is unknown, or has no use for something that is given.
     """
+    if what not in USES:
+        raise ValueError(f"unknown benchmark {what!r}: choose {', '.join(USES)}")
+    given = {"NAME": name, "--size": size, "--images": images, "--annotations": annotations}
+    if useless := [key for key, value in given.items() if value is not None and key not in USES[what]]:
+        raise ValueError(f"benchmark {what} has no use for {useless[0]}: leave it out")
     if what == "op":
         return op_cases([size] if size else MAPS)
     if what == "head":
@@ -56,7 +80,10 @@ def cases(what: str, name: str | None = None, *, size: tuple[int, int] | None = 
         return detector_cases(create_detector(name or "atss_resnet50_dyhead6"), size or IMAGES[0])
     if what == "photo":
         return photo_cases(create_detector(name or "atss_lite0_dyhead2", pretrained=True), sample_photo())
-    raise ValueError(f"unknown benchmark {what!r}: choose op, head, train, detector or photo")
+    if what == "data":
+        names = [name] if name else DETECTORS
+        return data_cases(names, size=size or PICTURE, images=images, annotations=annotations)
+    return eval_cases()
 
 
 def op_cases(maps: Sequence[tuple[int, int]] = MAPS, channels: int = 256) -> Iterator[Case]:
@@ -153,8 +180,7 @@ def detector_cases(detector: Detector, size: tuple[int, int] = (640, 640), *, st
     """
     images = torch.randint(0, 256, (1, detector.in_chans, *size), generator=torch.Generator().manual_seed(0))
     images = images.to(torch.uint8)
-    ours = copy.deepcopy(detector).eval().to(memory_format=torch.channels_last)
-    fuse_batch_norms(ours.backbone, ours.normalise(images, None).contiguous(memory_format=torch.channels_last))
+    ours = copy.deepcopy(detector).fuse()
     theirs = _with_settings(copy.deepcopy(detector).eval(), fused=False, backend="torchvision")
     whole = {
         "ours": _without_gradients(partial(_detect, ours, images, channels_last=True)),
@@ -178,10 +204,11 @@ def detector_cases(detector: Detector, size: tuple[int, int] = (640, 640), *, st
 
 
 def photo_cases(detector: Detector, photo: Path) -> Iterator[Case]:
-    """From a JPEG to boxes: the whole of ``Detector.predict``, and what each stage takes of it."""
+    """From a JPEG to boxes: the whole of ``Detector.predict``, what each stage takes of it, and the whole if fused."""
     from dyhead_zoo.data import prepare_images, read_image
 
     detector = detector.eval()
+    fused = copy.deepcopy(detector).fuse()
     picture = read_image(photo)
     ((_, batch),) = prepare_images([picture], detector.pretrained_cfg, 1)
     stages = {
@@ -189,6 +216,7 @@ def photo_cases(detector: Detector, photo: Path) -> Iterator[Case]:
         "resize": lambda: list(prepare_images([picture], detector.pretrained_cfg, 1)),
         **_stages(detector, batch.images, batch.image_sizes),
         "predict": lambda: detector.predict(photo),
+        "predict, fused": lambda: fused.predict(photo),
     }
     pairs = tuple((stage, "predict") for stage in stages if stage != "predict")
     yield Case(f"{detector.name} {photo.name}", stages, pairs)

@@ -29,6 +29,8 @@ class Case(NamedTuple):
     spread: float = 2.0
     masked: bool = True
     biased: bool = True
+    groups: int = 1
+    offset_groups: int = 1
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[Any]:
         """x, offset, mask (or None), weight, bias (or None)."""
@@ -37,13 +39,14 @@ class Case(NamedTuple):
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-        x = randn(self.batch, self.channels, *self.size)
-        weight = randn(self.out_channels, self.channels, *self.kernel)
-        out_size = nn.functional.conv2d(x, weight, None, *self.geometry).shape[2:]
-        taps = math.prod(self.kernel)
+        channels = self.channels * math.lcm(self.groups, self.offset_groups)
+        x = randn(self.batch, channels, *self.size)
+        weight = randn(self.out_channels * self.groups, channels // self.groups, *self.kernel)
+        out_size = nn.functional.conv2d(x, weight, None, *self.geometry, self.groups).shape[2:]
+        taps = math.prod(self.kernel) * self.offset_groups
         offset = randn(self.batch, 2 * taps, *out_size) * self.spread
         mask = randn(self.batch, taps, *out_size).sigmoid() if self.masked else None
-        return [x, offset, mask, weight, randn(self.out_channels) if self.biased else None]
+        return [x, offset, mask, weight, randn(len(weight)) if self.biased else None]
 
     @property
     def geometry(self) -> tuple[Any, Any, Any]:
@@ -106,6 +109,8 @@ def test_agrees_with_torchvision(case: Case, dtype: torch.dtype, tolerance: floa
         spread=st.sampled_from([0.0, 0.5, 4.0, 100.0]),
         masked=st.booleans(),
         biased=st.booleans(),
+        groups=st.integers(1, 3),
+        offset_groups=st.integers(1, 3),
     ),
     st.integers(1, 20),
 )
@@ -259,14 +264,10 @@ def test_auto_is_bag_on_the_cpu(dtype: torch.dtype) -> None:
     assert conv(*Case().tensors(dtype), padding=1).isfinite().all()
 
 
-@pytest.mark.parametrize(("groups", "offset_groups"), [(2, 1), (1, 3), (3, 2)])
-def test_groups_fall_back_to_torchvision(groups: int, offset_groups: int) -> None:
-    x, weight = torch.randn(2, 6, 7, 8), torch.randn(12, 6 // groups, 3, 3)
-    offset, mask = torch.randn(2, 18 * offset_groups, 7, 8), torch.rand(2, 9 * offset_groups, 7, 8)
-    out = conv(x, offset, mask, weight, padding=1)
-    torch.testing.assert_close(out, conv(x, offset, mask, weight, padding=1, backend="torchvision"))
-    with pytest.raises(ValueError, match="'bag' handles one"):
-        conv(x, offset, mask, weight, padding=1, backend="bag")
+@pytest.mark.parametrize(("groups", "offset_groups"), [(2, 1), (1, 3), (3, 2), (2, 4), (4, 2)])
+def test_groups(groups: int, offset_groups: int) -> None:
+    case = Case(batch=2, channels=2, groups=groups, offset_groups=offset_groups)
+    assert_same_as_torchvision(case.tensors(), *case.geometry, tolerance=1e-13)
 
 
 def test_what_int32_cannot_count_falls_back_to_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +276,7 @@ def test_what_int32_cannot_count_falls_back_to_torchvision(monkeypatch: pytest.M
     monkeypatch.setattr(deform_conv, "INT32_LIMIT", 9 * 12 * 9 * 4)
     monkeypatch.setattr(deform_conv_cpu, "deform_conv2d", None)
     torch.testing.assert_close(conv(*tensors, padding=1), expected)
-    with pytest.raises(ValueError, match="int32 can count, not 3888 samples"):
+    with pytest.raises(ValueError, match="counts in int32, not 3888 samples"):
         conv(*tensors, padding=1, backend="bag")
 
 

@@ -203,16 +203,11 @@ def _branch_factor(block: DyHeadBlock, pooled: Tensor, levels: range, pyramid: _
 def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance of each channel of maps (B, H, W, C): (B, C) each.
 
-    A few rows at a time, put together as in Chan et al. (1983); ``torch.var_mean`` takes ten times as long
-    where the channels are innermost.
+    By the operator behind BatchNorm's running statistics, which knows channels_last; ``torch.var_mean`` takes twenty
+    times as long where the channels are innermost.
     """
-    pixels = maps.flatten(1, 2)
-    parts = pixels.split(_CHUNK_ROWS, dim=1)
-    share = torch.tensor([part.shape[1] / pixels.shape[1] for part in parts], dtype=maps.dtype)[:, None, None]
-    means = torch.stack([part.mean(1) for part in parts])
-    squares = [(part - m[:, None]).square_().sum(1) for part, m in zip(parts, means, strict=True)]
-    mean = (share * means).sum(0)
-    variance = torch.stack(squares).sum(0) / pixels.shape[1] + (share * (means - mean).square()).sum(0)
+    moments = [torch.ops.aten.batch_norm_update_stats(image.permute(2, 0, 1)[None], None, None, 0.0) for image in maps]
+    mean, variance = (torch.stack(values) for values in zip(*moments, strict=True))
     return mean, variance
 
 
@@ -271,6 +266,4 @@ def _combine(maps: Sequence[Tensor], scales: Sequence[Tensor], pieces: Sequence[
         total = maps[0][rows].mul_(scales[0])
         for other, scale in zip(maps[1:], scales[1:], strict=True):
             total.addcmul_(other[rows], scale)
-        second = torch.addcmul(intercept2, total, slope2)
-        total.mul_(slope1).add_(intercept1)
-        torch.maximum(total, second, out=total)
+        torch.maximum(torch.addcmul(intercept1, total, slope1), torch.addcmul(intercept2, total, slope2), out=total)

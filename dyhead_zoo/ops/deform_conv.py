@@ -61,9 +61,9 @@ def modulated_deform_conv2d(
         stride: of the sampling grid, in input pixels; an int or (vertical, horizontal).
         padding: zeros around the input, likewise.
         dilation: distance of the taps, likewise.
-        backend: ``auto`` is ``bag`` on the CPU where it applies (one group, one offset group, less than 2^31 samples,
-            and neither compiling, exporting nor tracing), ``triton`` on CUDA devices where it applies (see
-            ``deform_conv_triton.chosen``), else ``torchvision``.
+        backend: ``auto`` is ``bag`` on the CPU where it applies (less than 2^31 samples, and neither compiling,
+            exporting nor tracing), ``triton`` on CUDA devices where it applies (see ``deform_conv_triton.chosen``),
+            else ``torchvision``.
 
     Returns:
         (B, O, Ho, Wo) of the dtype of ``x`` (of autocast, where that is on); channels_last from ``bag`` and ``triton``.
@@ -82,7 +82,7 @@ def modulated_deform_conv2d(
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if not tracing:  # comparing traced sizes would constrain the sizes that an exported graph accepts
         _check(x, offset, mask, weight, bias, geometry)
-    if _use_bag(backend, x, offset, weight, geometry, tracing):
+    if _use_bag(backend, x, offset, geometry, tracing):
         return deform_conv_cpu.deform_conv2d(x, offset, mask, weight, bias, geometry)
     if deform_conv_triton.chosen(backend, x, offset, weight):
         return deform_conv_triton.triton_deform_conv2d(x, offset, mask, weight, bias, *geometry[1:])
@@ -127,7 +127,7 @@ def _check(
             raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}, for {given}")
 
 
-def _use_bag(backend: str, x: Tensor, offset: Tensor, weight: Tensor, geometry: Geometry, tracing: bool) -> bool:
+def _use_bag(backend: str, x: Tensor, offset: Tensor, geometry: Geometry, tracing: bool) -> bool:
     """Choose the backend.
 
     Raises:
@@ -139,17 +139,13 @@ def _use_bag(backend: str, x: Tensor, offset: Tensor, weight: Tensor, geometry: 
         return False
     samples = offset.shape[0] * offset.shape[2] * offset.shape[3] * geometry.taps * 4
     rows = x.shape[0] * x.shape[2] * x.shape[3]
-    if weight.shape[1] != x.shape[1]:
-        obstacle = f"one group, not {x.shape[1] // weight.shape[1]}"
-    elif offset.shape[1] != 2 * geometry.taps:
-        obstacle = f"one offset group, not {offset.shape[1] // (2 * geometry.taps)}"
-    elif max(samples, rows) >= INT32_LIMIT:
-        obstacle = f"what int32 can count, not {samples} samples of {rows} pixels"
-    else:
-        return samples * rows > 0  # without any there is nothing to gain, and no first chunk
-    if backend == "bag":
-        raise ValueError(f"backend 'bag' handles {obstacle}: choose 'auto' or 'torchvision'")
-    return False
+    if max(samples, rows) >= INT32_LIMIT:
+        if backend == "bag":
+            raise ValueError(
+                f"backend 'bag' counts in int32, not {samples} samples of {rows} pixels: choose 'auto' or 'torchvision'"
+            )
+        return False
+    return samples * rows > 0  # without any there is nothing to gain, and no first chunk
 
 
 def _reference_conv(

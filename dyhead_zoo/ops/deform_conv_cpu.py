@@ -9,7 +9,7 @@
    convolution. Steps 2 and 3 take a few hundred pixels at a time, so that the samples stay in the cache and never exist
    as a whole; the backward pass takes them again instead of keeping them.
 
-One group and one offset group; what else is asked for goes to the reference, see ``deform_conv.py``.
+Groups and offset groups are done one by one.
 
 **Private operators.** For float32 the matrix is packed for oneDNN by ``torch.ops.mkldnn._reorder_linear_weight`` and
 applied by ``_linear_pointwise``, the operators of torch.compile's CPU code; plain ``F.linear`` is 8 to 30 % slower.
@@ -24,6 +24,7 @@ Infinite offsets are outside the map; NaN offsets give NaN.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ Linear = Callable[[Tensor, Tensor | None], Tensor]
 
 INT32_LIMIT = 2**31
 _PACKING_PAYS = 10**9  # multiply-adds from which on packing the matrix costs less than it saves
-_CHUNK_PIXELS = 1024  # per matrix product: samples small enough for the cache, yet enough work for each thread
+_CHUNK_PIXELS = 512  # per matrix product: samples small enough for the cache; twice as many for several threads
+_PLAN_PIXELS = 4096  # of a plan made at a time: its intermediate results stay in the cache
 
 
 class Geometry(NamedTuple):
@@ -69,6 +71,30 @@ def deform_conv2d(
     if not _border_is_finite(x):
         (top, left), x = geometry.padding, F.pad(x, (1, 1, 1, 1))
         geometry = geometry._replace(padding=(top - 1, left - 1))
+    groups, offset_groups = x.shape[1] // weight.shape[1], offset.shape[1] // (2 * geometry.taps)
+    parts = math.lcm(groups, offset_groups)  # of the channels, with one group and one offset group each
+    if parts == 1:
+        return _one_group(x, offset, mask, weight, geometry, bias)
+    per_group = parts // groups
+    # each offset group for all parts that it moves
+    spread = [group for group in range(offset_groups) for _ in range(parts // offset_groups)]
+    offsets = [offset.chunk(offset_groups, 1)[group] for group in spread]
+    masks = [None if mask is None else mask.chunk(offset_groups, 1)[group] for group in spread]
+    weights = [part for rows in weight.chunk(groups) for part in rows.chunk(per_group, 1)]
+    outputs = [_one_group(*part, geometry) for part in zip(x.chunk(parts, 1), offsets, masks, weights, strict=True)]
+    sums = [sum(outputs[first + 1 : first + per_group], outputs[first]) for first in range(0, parts, per_group)]
+    out = torch.cat(sums, 1)
+    return out if bias is None else out + bias[:, None, None]
+
+
+def _one_group(
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    geometry: Geometry,
+    bias: Tensor | None = None,
+) -> Tensor:
     batch, _, out_h, out_w = offset.shape
     dtype = position_dtype(x.dtype)
     offset, mask = offset.to(dtype), None if mask is None else mask.to(dtype)
@@ -135,9 +161,11 @@ class _SamplingPlan(torch.autograd.Function):
         pixels = offset[:, 0].numel()
         index = torch.empty(pixels, geometry.taps, 4, dtype=torch.int32, device=offset.device)
         weight = offset.new_empty(index.shape)
-        saved = write_plan(index, weight, offset, mask, in_size, geometry, first_row)
         if any(ctx.needs_input_grad[:2]):
+            saved = _write_rows(index, weight, offset, mask, in_size, geometry, first_row, 0)
             ctx.save_for_backward(*saved, *(() if mask is None else (mask,)))
+        else:
+            write_plan(index, weight, offset, mask, in_size, geometry, first_row)
         index = index.flatten()
         ctx.mark_non_differentiable(index)
         return index, weight.flatten()
@@ -168,8 +196,36 @@ def write_plan(
     in_size: Pair,
     geometry: Geometry,
     first_row: int,
+) -> None:
+    """``sampling_plan`` without gradients into given tensors, a few rows of output pixels at a time.
+
+    Args:
+        index: (P, K, 4) int32, contiguous.
+        weight: (P, K, 4) of any floating dtype, contiguous.
+        offset, mask, in_size, geometry, first_row: as for ``sampling_plan``.
+    """
+    batch, _, out_h, out_w = offset.shape
+    height = max(1, _PLAN_PIXELS // out_w)
+    index, weight = (plan.view(batch, out_h, out_w, -1, 4) for plan in (index, weight))
+    for image in range(batch):
+        first = first_row + image * in_size[0] * in_size[1]
+        for top in range(0, out_h, height):
+            part = (slice(image, image + 1), slice(top, top + height))
+            part_offset, part_mask = offset[part[0], :, part[1]], None if mask is None else mask[part[0], :, part[1]]
+            _write_rows(index[part], weight[part], part_offset, part_mask, in_size, geometry, first, top)
+
+
+def _write_rows(
+    index: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    in_size: Pair,
+    geometry: Geometry,
+    first_row: int,
+    top: int,
 ) -> tuple[Tensor, ...]:
-    """``sampling_plan`` into given tensors, (P, K, 4) each, ``index`` int32 and ``weight`` of any floating dtype.
+    """``write_plan`` at once for rows of output pixels of which the first is number ``top``.
 
     Returns:
         What the derivative needs: for rows, then for columns, the weights of both neighbours without the mask, and 1 or
@@ -177,12 +233,12 @@ def write_plan(
     """
     offset = _pixels_first(offset)
     batch, out_h, out_w, _ = offset.shape
-    grid_y, grid_x = _grid((out_h, out_w), geometry, offset)
+    grid_y, grid_x = _grid((out_h, out_w), geometry, offset, top)
     y0, y1, *rows = _neighbours(offset[..., 0::2] + grid_y, in_size[0])
     x0, x1, *columns = _neighbours(offset[..., 1::2] + grid_x, in_size[1])
-    image = torch.arange(batch, dtype=torch.int32, device=offset.device).view(-1, 1, 1, 1)
+    first_rows = first_row + torch.arange(batch, dtype=torch.int32, device=offset.device) * (in_size[0] * in_size[1])
     for y in (y0, y1):
-        y.mul_(in_size[1]).add_(image * (in_size[0] * in_size[1]) + first_row)
+        y.mul_(in_size[1]).add_(first_rows.view(-1, 1, 1, 1))
     weight_y0, weight_y1 = rows[:2] if mask is None else (w * _pixels_first(mask) for w in rows[:2])
     weight_x0, weight_x1 = columns[:2]
     index, weight = (plan.view(*y0.shape, 4) for plan in (index, weight))
@@ -203,12 +259,13 @@ def _pixels_first(field: Tensor) -> Tensor:
     return as_table(field).view(batch, height, width, count)
 
 
-def _grid(out_size: Pair, geometry: Geometry, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions without offsets: rows (Ho, 1, K) and columns (Wo, K), in input pixels."""
+def _grid(out_size: Pair, geometry: Geometry, like: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Positions without offsets: rows (Ho, 1, K) from output row ``top`` on and columns (Wo, K), in input pixels."""
     tap = torch.arange(geometry.taps, device=like.device)
     rows, columns = (
-        torch.arange(n, device=like.device)[:, None] * stride - padding + tap_position * dilation
-        for n, stride, padding, dilation, tap_position in zip(
+        torch.arange(first, first + n, device=like.device)[:, None] * stride - padding + tap_position * dilation
+        for first, n, stride, padding, dilation, tap_position in zip(
+            (top, 0),
             out_size,
             geometry.stride,
             geometry.padding,
@@ -230,12 +287,10 @@ def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Te
     # further out everything is zero, and a huge position would overflow int32
     position.clamp_(-2, size + 1)
     low = position.floor()
+    high = low + 1
     fraction = position.sub_(low)
-    low_inside = low.clamp(0, size - 1)
-    inside0 = (low - low_inside).abs_().neg_().add_(1).clamp_(0, 1)
-    low.add_(1)
-    high_inside = low.clamp(0, size - 1)
-    inside1 = low.sub_(high_inside).abs_().neg_().add_(1).clamp_(0, 1)
+    low_inside, high_inside = low.clamp(0, size - 1), high.clamp(0, size - 1)
+    inside0, inside1 = low.eq_(low_inside), high.eq_(high_inside)
     # products, not torch.where: a NaN must come through
     weight0 = torch.addcmul(inside0, fraction, inside0, value=-1)
     weight1 = fraction.mul_(inside1)
@@ -270,7 +325,7 @@ def sample_and_contract(
     """
     per_pixel = matrix.shape[1] // table.shape[1] * 4
     pixels = len(index) // per_pixel
-    chunk = min(_CHUNK_PIXELS, pixels)
+    chunk = min(_chunk_pixels(), pixels)
     bag_starts = torch.arange(0, chunk * per_pixel, 4, dtype=torch.int32, device=table.device)
     linear = linear or packed_linear(matrix, pixels)
     out = table.new_empty(pixels, len(matrix))
@@ -309,14 +364,14 @@ def _backward(
     need_table, _, need_sample_weight, need_matrix, need_bias = needs
     rows, channels = table.shape
     pixels, per_pixel = len(grad_out), matrix.shape[1] // channels * 4
-    chunk = min(_CHUNK_PIXELS, pixels)
+    chunk = min(_chunk_pixels(), pixels)
     sum_dtype = position_dtype(table.dtype)  # sums over many chunks
     grad_table = torch.zeros_like(table, dtype=sum_dtype) if need_table else None
     grad_sample_weight = torch.empty_like(sample_weight) if need_sample_weight else None
     grad_matrix = torch.zeros_like(matrix, dtype=sum_dtype) if need_matrix else None
     bag_starts = torch.arange(0, chunk * per_pixel, 4, dtype=torch.int32, device=table.device)
     bag_of_sample = torch.arange(chunk * per_pixel, dtype=torch.int32, device=table.device) // 4
-    linear = packed_linear(matrix.t(), pixels)
+    buffer = matrix.new_empty(chunk, matrix.shape[1])  # a new one for each chunk costs page faults
     readers = _readers(index, rows, chunk * per_pixel) if need_table else None
     for number, start in enumerate(range(0, pixels, chunk)):
         part = slice(start * per_pixel, (start + chunk) * per_pixel)
@@ -328,7 +383,7 @@ def _backward(
             del samples
         if grad_sample_weight is None and grad_table is None:
             continue
-        grad_samples = linear(part_grad, None).view(-1, channels)
+        grad_samples = torch.mm(part_grad, matrix, out=buffer[: len(part_grad)]).view(-1, channels)
         if grad_sample_weight is not None:
             grad_sample_weight[part] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
                 grad_samples, table, part_index, part_starts, bag_of_sample[: len(part_index)], 0, -1
@@ -382,6 +437,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
+def _chunk_pixels() -> int:
+    """Pixels of a matrix product: enough to keep every thread busy between two barriers."""
+    return _CHUNK_PIXELS * (1 if torch.get_num_threads() == 1 else 2)
+
+
 def packed_linear(matrix: Tensor, rows: int) -> Linear:
     """A function (values (n, in), bias) -> values @ matrix.T + bias for ``matrix`` (out, in).
 
@@ -390,7 +450,7 @@ def packed_linear(matrix: Tensor, rows: int) -> Linear:
     matrix = matrix.contiguous()
     suitable = matrix.device.type == "cpu" and matrix.dtype == torch.float32
     if suitable and rows * matrix.numel() >= _PACKING_PAYS and _packed_linear_works():
-        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, min(rows, _CHUNK_PIXELS))
+        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, min(rows, _chunk_pixels()))
         return lambda values, bias: torch.ops.mkldnn._linear_pointwise(values, packed, bias, "none", [], "")
     return lambda values, bias: F.linear(values, matrix, bias)
 

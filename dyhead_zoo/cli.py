@@ -370,10 +370,10 @@ def _add_setting(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 def _add_explain(verbs: Any) -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "explain",
-        help="show which anchors or points would learn each object of a data set",
-        description="Before any training: which level, anchors or points each object is assigned to, which objects "
-        "none learns at this resolution, sizes, class balance, suspicious boxes. For one-stage detectors; no weights "
-        "are needed.",
+        help="show what would learn each object of a data set",
+        description="Before any training: which level, anchors, points or regions each object is assigned to, which "
+        "objects nothing learns at this resolution, objects per image against queries, sizes, class balance, suspicious "
+        "boxes. No weights are needed.",
     )
     verb.add_argument("--detector", required=True, metavar="NAME", help="with or without a tag")
     verb.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="COCO-format JSON file")

@@ -1,16 +1,14 @@
-"""Before any training: which level, anchors or points learn each object of a data set, and which objects none does.
+"""Before any training: who learns each object of a data set, and which objects nobody does.
 
-Assignments depend on the sizes of the maps, not on weights, so the detector runs on the meta device: shapes only.
-What RepPoints' second and BorderDet's border stage learn depends on predictions; of these the first stage is shown.
+``explain_assign.py`` says what is known of one picture; here the figures of all pictures are gathered.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +16,10 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from dyhead_zoo.data import CocoDataset
-from dyhead_zoo.data.transforms import protocol_size, round_up, scale_boxes
+from dyhead_zoo.data.transforms import scale_boxes
 from dyhead_zoo.detector import Detector
-from dyhead_zoo.layers.backbone import Backbone
-from dyhead_zoo.layers.fpn import DyHeadNeck
-from dyhead_zoo.layers.targets import Assignment
-from dyhead_zoo.structures import Target
+from dyhead_zoo.engine.explain_assign import Assigner, Terms, assigner_of
+from dyhead_zoo.engine.explain_text import summary
 
 TINY = 4.0
 """Pixels after resizing: objects with a shorter side are suspicious."""
@@ -35,72 +31,6 @@ WHOLE = 0.95
 """Share of the picture from which on a box covers all of it."""
 SIZE_EDGES = (8, 16, 32, 64, 128, 256, 512)
 """Square roots of areas, in pixels after resizing, that divide the objects of the table."""
-_MAX_CLASSES = 16
-"""Rows of the text table's classes; ``to_dict`` has all."""
-
-
-class AssigningHead(Protocol):
-    """What is asked of a head here: that its assignment can be had without its outputs and its loss."""
-
-    def assign(self, raw: Any, targets: list[Target]) -> Assignment: ...
-
-
-class Maps(NamedTuple):
-    """As much of a raw output as assignments look at: of the class logits the height and width only."""
-
-    cls_logits: tuple[Tensor, ...]
-    image_sizes: Tensor
-    canvas: tuple[int, int]
-
-
-class Assigner:
-    """The assignment of a detector's head, for pictures resized as the detector asks for.
-
-    Args:
-        detector: with a one-stage head; its weights are not used, and it may be on the meta device.
-
-    Raises:
-        ValueError: for a head whose assignment depends on predictions.
-    """
-
-    def __init__(self, detector: Detector) -> None:
-        if not hasattr(detector.head, "assign"):
-            raise ValueError(
-                f"{detector.name} assigns objects to what it predicts, so nothing can be said before training: use a "
-                "detector of the families atss, retinanet, fcos, reppoints or borderdet"
-            )
-        self.cfg, self.strides = detector.pretrained_cfg, cast(DyHeadNeck, detector.neck).strides
-        self._shadow = copy.deepcopy(detector).to("meta").eval()
-        for module in self._shadow.modules():
-            if isinstance(module, Backbone):
-                module.full_precision = False  # it would ask for autocast, which the meta device lacks
-        cast(DyHeadNeck, self._shadow.neck).dyhead = None  # its maps have the sizes of those that it is given
-        self._known: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of a picture after resizing."""
-        return protocol_size(height, width, self.cfg.short_side, self.cfg.long_side, self.cfg.rounding)
-
-    def __call__(self, size: tuple[int, int], boxes: Tensor) -> Assignment:
-        """Which objects the places of one picture learn.
-
-        Args:
-            size: (height, width) after resizing.
-            boxes: (N, 4) xyxy, in pixels after resizing.
-        """
-        canvas = round_up(size, self.cfg.pad_divisor)
-        if canvas not in self._known:
-            self._known[canvas] = self._maps(canvas)
-        raw = Maps(self._known[canvas], torch.tensor([size]), canvas)
-        target: Target = {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
-        return cast(AssigningHead, self._shadow.head).assign(raw, [target])
-
-    @torch.no_grad()
-    def _maps(self, canvas: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Maps (1, 1, H_l, W_l) of the levels for one picture that fills a canvas; they take no memory."""
-        images = torch.empty(1, self._shadow.in_chans, *canvas, device="meta")
-        levels = self._shadow.neck(self._shadow.backbone(images))
-        return tuple(torch.zeros(()).expand(1, 1, *level.shape[2:]) for level in levels)
 
 
 class Objects(NamedTuple):
@@ -111,8 +41,12 @@ class Objects(NamedTuple):
         labels: (N,).
         boxes: (N, 4) xyxy in pixels of the picture as it is stored.
         resized: (N, 4) in pixels after resizing.
-        positives: (N, L) places of each level that learn the object.
+        positives: (N, L) places of each level that learn the object; (N, 0) where predictions decide.
+        weak: (N, L) how many of them for want of better ones.
         outdone: (N,) whether an object without positives would have some if it were alone in the picture.
+        pooled: (N,) level that a region with its box is read from; -1 without a second stage.
+        best: (N,) highest IoU of an anchor, clipped to the picture, with the object.
+        reaching: (N, S) anchors that each of the S stages would take for the object; (N, 0) without a second stage.
     """
 
     picture: Tensor
@@ -120,12 +54,23 @@ class Objects(NamedTuple):
     boxes: Tensor
     resized: Tensor
     positives: Tensor
+    weak: Tensor
     outdone: Tensor
+    pooled: Tensor
+    best: Tensor
+    reaching: Tensor
 
     @property
     def orphans(self) -> Tensor:
-        """(N,) objects that no place learns."""
+        """(N,) objects that no place learns; none where predictions decide."""
+        if not self.positives.shape[1]:
+            return torch.zeros_like(self.outdone)
         return self.positives.sum(1) == 0
+
+    @property
+    def only_weak(self) -> Tensor:
+        """(N,) objects all of whose positives are weak."""
+        return (self.weak.sum(1) > 0) & (self.weak.sum(1) == self.positives.sum(1))
 
     @property
     def sides(self) -> Tensor:
@@ -141,8 +86,9 @@ class Explanation:
         detector: its name.
         protocol: how pictures are resized, in words.
         source: the annotation file.
+        terms: what objects are assigned to.
         strides: of the levels.
-        places: of each level, anchors or points on all pictures together.
+        places: of each level, on all pictures together.
         class_names: of the labels.
         pictures: (image id, file name) of each.
         objects: of all pictures.
@@ -153,6 +99,7 @@ class Explanation:
     detector: str
     protocol: str
     source: str
+    terms: Terms
     strides: tuple[int, ...]
     places: tuple[int, ...]
     class_names: tuple[str, ...]
@@ -162,31 +109,64 @@ class Explanation:
     repairs: dict[str, int]
 
     def summary(self) -> str:
-        """Tables for the terminal: objects without positives, levels, sizes, classes, suspicious boxes."""
-        return _summary(self.to_dict())
+        """Tables for the terminal."""
+        return summary(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, and where each object is that no place learns or that is suspicious, JSON-able."""
-        orphans = self.objects.orphans
+        """All figures, and where each object is that no place learns or that is suspicious, JSON-able.
+
+        What a family does not have is left out: ``positives_per_object`` and ``without_positives`` (set prediction),
+        ``weak_positives`` (one-stage detectors), ``regions`` (all but two-stage detectors).
+        """
         return {
             "detector": self.detector,
             "input": self.protocol,
             "annotations": self.source,
             "images": len(self.pictures),
-            "objects": len(orphans),
-            "positives_per_object": _quantiles(self.objects.positives.sum(1).float()),
-            "without_positives": {
-                "objects": int(orphans.sum()),
-                "share": float(orphans.float().mean()) if len(orphans) else 0.0,
-                "outdone_by_others": int(self.objects.outdone.sum()),
-                "places": [self._place(i) for i in orphans.nonzero()[:, 0].tolist()],
-            },
+            "objects": len(self.objects.labels),
+            "objects_per_image": self._crowds(),
+            "assigned_to": self.terms.place,
+            **(self._positives() if self.terms.place else {}),
             "levels": [self._level(i) for i in range(len(self.strides))],
+            **({"regions": self._regions()} if self.terms.stage_ious else {}),
             "sizes": self._sizes(),
             "classes": self._classes(),
             "suspicious": {kind: [self._place(i) for i in rows] for kind, rows in self.suspicious.items()},
             "repairs": self.repairs,
         }
+
+    def _crowds(self) -> dict[str, Any]:
+        """Objects per picture, and pictures with more of them than there can be of something."""
+        counts = torch.bincount(self.objects.picture, minlength=len(self.pictures))
+        limits = [
+            {
+                "what": what,
+                "limit": limit,
+                "images": int((counts > limit).sum()),
+                "objects": int((counts - limit).clamp(min=0).sum()),
+            }
+            for what, limit in self.terms.limits.items()
+        ]
+        return {**quantiles(counts.float()), "most": int(counts.max()) if len(counts) else 0, "limits": limits}
+
+    def _positives(self) -> dict[str, Any]:
+        orphans, weak = self.objects.orphans, self.objects.only_weak
+        none = {
+            "objects": int(orphans.sum()),
+            "share": _share(orphans),
+            "outdone_by_others": int(self.objects.outdone.sum()),
+            "places": [self._place(i) for i in orphans.nonzero()[:, 0].tolist()],
+        }
+        data = {"positives_per_object": quantiles(self.objects.positives.sum(1).float()), "without_positives": none}
+        if not self.terms.weak:
+            return data
+        figures = {
+            "what": self.terms.weak,
+            "positives": int(self.objects.weak.sum()),
+            "objects_with_no_other": int(weak.sum()),
+            "share": _share(weak),
+        }
+        return {**data, "weak_positives": figures}
 
     def _place(self, index: int) -> dict[str, Any]:
         image_id, file_name = self.pictures[int(self.objects.picture[index])]
@@ -198,24 +178,57 @@ class Explanation:
         }
 
     def _level(self, level: int) -> dict[str, Any]:
+        sides = self.objects.sides / self.strides[level]
+        row = {"stride": self.strides[level], "places_per_image": self.places[level] / max(len(self.pictures), 1)}
+        if not self.terms.place:
+            return {
+                **row,
+                "sides_in_strides": quantiles(sides),
+                "objects_under_a_stride": int((sides < 1).sum()),
+                "share_under_a_stride": _share(sides < 1),
+            }
         positives = self.objects.positives[:, level]
         learned = positives > 0
-        total = int(self.objects.positives.sum())
+        weak = {"weak_positives": int(self.objects.weak[:, level].sum())} if self.terms.weak else {}
         return {
-            "stride": self.strides[level],
-            "places_per_image": self.places[level] / max(len(self.pictures), 1),
+            **row,
             "positives": int(positives.sum()),
-            "share_of_positives": int(positives.sum()) / max(total, 1),
+            "share_of_positives": int(positives.sum()) / max(int(self.objects.positives.sum()), 1),
+            **weak,
             "objects": int(learned.sum()),
             "positives_per_object": float(positives[learned].float().mean()) if learned.any() else 0.0,
-            "sides_in_strides": _quantiles(self.objects.sides[learned] / self.strides[level]),
+            "sides_in_strides": quantiles(sides[learned]),
+        }
+
+    def _regions(self) -> dict[str, Any]:
+        """Levels that regions with the objects' own boxes are read from, and anchors in the place of proposals."""
+        return {
+            "levels": [
+                {
+                    "stride": stride,
+                    "objects": int((self.objects.pooled == level).sum()),
+                    "share": _share(self.objects.pooled == level),
+                    "sides_in_strides": quantiles(self.objects.sides[self.objects.pooled == level] / stride),
+                }
+                for level, stride in enumerate(self.terms.region_strides)
+            ],
+            "best_anchor_iou": quantiles(self.objects.best),
+            "stages": [
+                {
+                    "iou": iou,
+                    "objects": int((self.objects.reaching[:, stage] > 0).sum()),
+                    "share": _share(self.objects.reaching[:, stage] > 0),
+                    "anchors_per_object": quantiles(self.objects.reaching[:, stage].float()),
+                }
+                for stage, iou in enumerate(self.terms.stage_ious)
+            ],
         }
 
     def _sizes(self) -> list[dict[str, Any]]:
         place = torch.bucketize(self.objects.sides, torch.tensor(SIZE_EDGES, dtype=torch.float32), right=True)
         edges = (0, *SIZE_EDGES, None)
         return [
-            {"from": edges[i], "to": edges[i + 1], **self._share(place == i)}
+            {"from": edges[i], "to": edges[i + 1], **self._part(place == i)}
             for i in range(len(SIZE_EDGES) + 1)
             if (place == i).any()
         ]
@@ -227,21 +240,24 @@ class Explanation:
             {
                 "class": self.class_names[label],
                 "images": len(self.objects.picture[self.objects.labels == label].unique()),
-                **self._share(self.objects.labels == label),
+                **self._part(self.objects.labels == label),
             }
             for label in counts.argsort(descending=True, stable=True).tolist()
         ]
 
-    def _share(self, chosen: Tensor) -> dict[str, Any]:
+    def _part(self, chosen: Tensor) -> dict[str, Any]:
         """Figures of some objects (N,) bool."""
-        count = int(chosen.sum())
-        return {
-            "objects": count,
-            "share": count / max(len(chosen), 1),
-            "without_positives": int((chosen & self.objects.orphans).sum()),
-            "side": _quantiles(self.objects.sides[chosen])["median"],
-            "positives_per_object": float(self.objects.positives[chosen].sum() / max(count, 1)),
+        row = {
+            "objects": int(chosen.sum()),
+            "share": _share(chosen),
+            "side": quantiles(self.objects.sides[chosen])["median"],
         }
+        if self.terms.place:
+            row["without_positives"] = int((chosen & self.objects.orphans).sum())
+            row["positives_per_object"] = float(self.objects.positives[chosen].sum() / max(row["objects"], 1))
+        if self.terms.weak:
+            row["only_weak_positives"] = int((chosen & self.objects.only_weak).sum())
+        return row
 
 
 def explain(
@@ -254,10 +270,10 @@ def explain(
     max_pictures: int = 12,
     progress: bool = False,
 ) -> Explanation:
-    """Show which level, anchors or points each object of a data set is assigned to.
+    """Show what each object of a data set is assigned to.
 
     Args:
-        detector: of a one-stage family; its weights are not used, and its classes need not be the file's.
+        detector: its weights are not used, and its classes need not be the file's.
         annotations: COCO-format file.
         images: folder of its images; needed for pictures only.
         output: folder for ``explanation.json`` (``Explanation.to_dict()``) and, where ``images`` is given, pictures.
@@ -266,10 +282,10 @@ def explain(
         progress: show a progress bar.
 
     Raises:
-        ValueError: for a detector whose assignment depends on predictions, or a faulty file.
+        ValueError: for a detector of no known family, or a faulty file.
         FileNotFoundError: for missing files.
     """
-    assigner = Assigner(detector)
+    assigner = assigner_of(detector)
     dataset = CocoDataset(
         Path(annotations).parent if images is None else images,  # no image is read
         annotations,
@@ -287,6 +303,7 @@ def explain(
         detector.name,
         f"shorter side {cfg.short_side}, longer at most {cfg.long_side} pixels",
         str(annotations),
+        assigner.terms,
         assigner.strides,
         tuple(places.tolist()),
         dataset.label_space.names,
@@ -307,16 +324,24 @@ def _objects(assigner: Assigner, dataset: CocoDataset, index: int) -> tuple[Obje
     record = dataset.record(index)
     size = assigner.size(record.height, record.width)
     resized = scale_boxes(record.boxes, (record.height, record.width), size)
-    places, owner = assigner(size, resized)
+    places, owner, weak, regions = assigner(size, resized)
     per_level = [len(level) for level in places]
-    positives = torch.stack(
-        [torch.bincount(part[part >= 0], minlength=len(resized)) for part in owner[0].split(per_level)], dim=1
-    )
-    outdone = torch.zeros(len(resized), dtype=torch.bool)
-    for orphan in (positives.sum(1) == 0).nonzero()[:, 0].tolist():
-        outdone[orphan] = bool((assigner(size, resized[orphan, None]).owner >= 0).any())
-    picture = torch.full((len(resized),), index)
-    return Objects(picture, record.labels, record.boxes, resized, positives, outdone), per_level
+    count = len(resized)
+    positives = strained = torch.zeros(count, 0, dtype=torch.int64)
+    outdone = torch.zeros(count, dtype=torch.bool)
+    if assigner.terms.place:
+        positives = _by_level(owner, owner >= 0, per_level, count)
+        strained = _by_level(owner, weak, per_level, count)
+        for orphan in (positives.sum(1) == 0).nonzero()[:, 0].tolist():
+            outdone[orphan] = bool((assigner(size, resized[orphan, None]).owner >= 0).any())
+    picture = torch.full((count,), index)
+    return Objects(picture, record.labels, record.boxes, resized, positives, strained, outdone, *regions), per_level
+
+
+def _by_level(owner: Tensor, chosen: Tensor, per_level: list[int], count: int) -> Tensor:
+    """How many of the ``chosen`` places (P,) of each level learn each of ``count`` objects: (N, L)."""
+    parts = zip(owner.split(per_level), chosen.split(per_level), strict=True)
+    return torch.stack([torch.bincount(part[mask], minlength=count) for part, mask in parts], dim=1)
 
 
 def _sides(boxes: Tensor) -> Tensor:
@@ -346,97 +371,14 @@ def _suspicious(found: list[Objects], sizes: list[tuple[int, int]]) -> dict[str,
     return {kind: rows for kind, rows in kinds.items() if rows}
 
 
-def _quantiles(values: Tensor) -> dict[str, float]:
+def _share(chosen: Tensor) -> float:
+    return float(chosen.float().mean()) if len(chosen) else 0.0
+
+
+def quantiles(values: Tensor) -> dict[str, float]:
     """10 %, 50 % and 90 % of some numbers; zeros if there are none."""
     names = ("low", "median", "high")
     if not len(values):
         return dict.fromkeys(names, 0.0)
     ordered = values.sort().values
     return {n: float(ordered[round(q * (len(values) - 1))]) for n, q in zip(names, (0.1, 0.5, 0.9), strict=True)}
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-def _summary(data: dict[str, Any]) -> str:
-    none, per_object = data["without_positives"], data["positives_per_object"]
-    outdone = none["outdone_by_others"]
-    classes, counts = data["classes"], [row["objects"] for row in data["classes"] if row["objects"]]
-    parts = [
-        f"{data['detector']}, {data['input']}: {data['annotations']}, {data['images']} images, "
-        f"{data['objects']} objects, {len(classes)} classes",
-        f"{none['objects']} objects ({none['share']:.1%}) without a positive: {none['objects'] - outdone} that no "
-        f"anchor or point fits, {outdone} that lose theirs to other objects",
-        f"positives per object: median {per_object['median']:g}, a tenth has at most {per_object['low']:g}, a tenth at "
-        f"least {per_object['high']:g}",
-        _table(
-            [
-                "stride",
-                "places/image",
-                "positives",
-                "share",
-                "objects",
-                "positives/object",
-                "side in strides (10% 50% 90%)",
-            ],
-            [_level_row(row) for row in data["levels"]],
-        ),
-        _table(
-            ["side after resizing", *_SHARE_TITLES],
-            [[f"{row['from']}..{row['to'] or ''} px", *_share_row(row)] for row in data["sizes"]],
-        ),
-    ]
-    if counts:
-        parts.append(
-            f"class balance: the most frequent class has {counts[0] / counts[-1]:.3g} times the objects of the rarest, "
-            f"{len(classes) - len(counts)} of {len(classes)} classes have none"
-        )
-        parts.append(_table(["class", *_SHARE_TITLES], [[r["class"], *_share_row(r)] for r in _ends(classes)]))
-    parts += [f"suspicious: {len(rows)} x {kind} ({_where(rows)})" for kind, rows in data["suspicious"].items()]
-    parts += [f"repaired: {count} x {kind}" for kind, count in data["repairs"].items()]
-    return "\n\n".join(parts)
-
-
-_SHARE_TITLES = ["objects", "share", "without positives", "median side", "positives/object"]
-
-
-def _share_row(row: dict[str, Any]) -> list[str]:
-    count = max(row["objects"], 1)
-    return [
-        f"{row['objects']}",
-        f"{row['share']:.1%}",
-        f"{row['without_positives']} ({row['without_positives'] / count:.1%})",
-        f"{row['side']:.0f} px",
-        f"{row['positives_per_object']:.1f}",
-    ]
-
-
-def _level_row(row: dict[str, Any]) -> list[str]:
-    ratio = row["sides_in_strides"]
-    return [
-        f"{row['stride']}",
-        f"{row['places_per_image']:.0f}",
-        f"{row['positives']}",
-        f"{row['share_of_positives']:.1%}",
-        f"{row['objects']}",
-        f"{row['positives_per_object']:.1f}",
-        f"{ratio['low']:.1f} {ratio['median']:.1f} {ratio['high']:.1f}",
-    ]
-
-
-def _ends(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The most frequent and the rarest classes, of those that have objects."""
-    half, classes = _MAX_CLASSES // 2, [row for row in classes if row["objects"]]
-    return classes if len(classes) <= _MAX_CLASSES else classes[:half] + classes[-half:]
-
-
-def _where(rows: list[dict[str, Any]]) -> str:
-    shown = [f"image id {row['image_id']}: {row['class']} {row['box']}" for row in rows[:3]]
-    return "; ".join(shown) + ("; ..." if len(rows) > 3 else "")
-
-
-def _table(titles: list[str], rows: list[list[str]]) -> str:
-    """Columns of equal width, aligned at the right."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [titles, *rows]]
-    return "\n".join(lines)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dyhead_zoo import get_pretrained_cfg, list_detectors, list_pretrained, list_tags
-from dyhead_zoo.engine.evaluate import METRIC_NAMES
+from dyhead_zoo.engine.evaluate import MASK_METRIC_NAMES, METRIC_NAMES
 
 DOCS = Path(__file__).parent
 HUB = DOCS.parent / "hub"
@@ -52,17 +52,23 @@ def card_link(name: str) -> str:
 
 
 def measured() -> str:
-    """What we measured, one row per record."""
-    rows = []
+    """What we measured, one row per record; masks have columns where a record has them."""
+    rows, masks = [], _masks_measured()
     for name, record in records().items():
         person: dict[str, Any] = next((c for c in record["per_class"] if c["name"] == "person"), {})
         numbers = [percent(record["metrics"][metric]) for metric in METRIC_NAMES]
         low_high = (record["intervals"] or {}).get("AP", ())
         interval = " to ".join(percent(value) for value in low_high)
         where = get_pretrained_cfg(name).measured_on or ""
+        numbers[1:] += [percent(record["metrics"].get(metric)) for metric in masks]
         rows.append([card_link(name), numbers[0], interval, *numbers[1:], percent(person.get("AP")), where])
-    header = ["weights", "AP", "95 % interval of AP", *METRIC_NAMES[1:], "person AP", "measured on"]
+    header = ["weights", "AP", "95 % interval of AP", *METRIC_NAMES[1:], *masks, "person AP", "measured on"]
     return table(header, rows)
+
+
+def _masks_measured() -> tuple[str, ...]:
+    """``MASK_METRIC_NAMES`` if any record has them."""
+    return MASK_METRIC_NAMES if any(MASK_METRIC_NAMES[0] in r["metrics"] for r in records().values()) else ()
 
 
 def reported() -> str:
@@ -72,8 +78,9 @@ def reported() -> str:
         cfg = get_pretrained_cfg(name)
         if cfg.reported:
             by = cfg.reported_by or "unknown"
-            rows.append([f"`{name}`", f"{cfg.reported['AP']:.1f}", by, _side(cfg), cfg.license or "not stated"])
-    return table(["weights", "AP", "reported by", "shorter / longer side", "licence"], rows)
+            figures = [f"{cfg.reported[key]:.1f}" if key in cfg.reported else "" for key in ("AP", "mask_AP")]
+            rows.append([f"`{name}`", *figures, by, _side(cfg), cfg.license or "not stated"])
+    return table(["weights", "AP", "mask AP", "reported by", "shorter / longer side", "licence"], rows)
 
 
 def _side(cfg: Any) -> str:
@@ -81,13 +88,14 @@ def _side(cfg: Any) -> str:
 
 
 def per_class() -> str:
-    """AP of every class, one row per record and class."""
+    """AP of every class, one row per record and class; masks have columns where a record has them."""
+    names = ["AP", "AP50", *(name for name in ("mask_AP", "mask_AP50") if _masks_measured())]
     rows = [
-        [f"`{name}`", entry["name"], str(entry["num_gts"]), percent(entry["AP"]), percent(entry["AP50"])]
+        [f"`{name}`", entry["name"], str(entry["num_gts"]), *(percent(entry.get(figure)) for figure in names)]
         for name, record in records().items()
         for entry in record["per_class"]
     ]
-    return table(["weights", "class", "objects", "AP", "AP50"], rows)
+    return table(["weights", "class", "objects", *(name.replace("_", " ") for name in names)], rows)
 
 
 def names() -> str:
@@ -135,12 +143,13 @@ def _box_and_mask(figures: Mapping[str, float]) -> str:
 
 
 def _measured_of(name: str) -> str:
-    """The records of a detector's tags: box AP, and on what."""
+    """The records of a detector's tags: box AP / mask AP, and on what."""
     lines = []
     for weights, record in records().items():
         if weights.partition(".")[0] == name:
             data = (get_pretrained_cfg(weights).measured_on or "").partition(";")[0]
-            lines.append(f"`{weights.partition('.')[2]}` {percent(record['metrics']['AP'])}: {data}")
+            figures = {name: 100 * value for name, value in record["metrics"].items() if value is not None}
+            lines.append(f"`{weights.partition('.')[2]}` {_box_and_mask(figures)}: {data}")
     return "<br>".join(lines)
 
 

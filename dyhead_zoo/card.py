@@ -16,11 +16,11 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from dyhead_zoo import registry
 from dyhead_zoo.citations import citations
-from dyhead_zoo.engine.evaluate import METRIC_NAMES
+from dyhead_zoo.engine.evaluate import MASK_METRIC_NAMES, METRIC_NAMES
 from dyhead_zoo.layers.backbone import resolve_backbone_name
 from dyhead_zoo.pretrained import HUB_ORGANISATION, PretrainedCfg
 
-LIBRARY, TASK = "dyhead_zoo", "object-detection"
+LIBRARY, TASK, MASK_TASK = "dyhead_zoo", "object-detection", "image-segmentation"
 MARK = "<!-- Written by dyhead_zoo from the record; remove this line to keep changes of your own. -->"
 """Last line of every card written here: such a card may be written anew."""
 LICENCES = {
@@ -88,7 +88,7 @@ def render_card(
     title = repo_id.rpartition("/")[2] if repo_id else str(config["name"])
     sections = [
         f"# {title}\n\n{_summary(config, cfg)}",
-        _usage(title, repo_id),
+        _usage(config, title, repo_id),
         _labels(cfg),
         _input(cfg),
         _measured(cfg, record),
@@ -112,12 +112,14 @@ def card_metadata(
 
     Args:
         config: ``Detector.config()``.
-        record: ``eval.json``, or None; its twelve figures become the ``model-index``, in percent.
+        record: ``eval.json``, or None; its figures become the ``model-index``, in percent: the twelve of boxes and,
+            under the task ``image-segmentation``, the twelve of masks.
         title: name of the model in the ``model-index``; by default that of the detector.
     """
     cfg = PretrainedCfg.from_dict(config["pretrained_cfg"])
-    family = str(config["name"]).removeprefix("test_").partition("_")[0]
-    tags = [TASK, "vision", LIBRARY, "timm", family, *(["dyhead"] if config["arch"].get("dyhead") else [])]
+    tags = [TASK, "vision", LIBRARY, "timm", registry.family_of(config["name"])]
+    tags += ["dyhead"] if config["arch"].get("dyhead") else []
+    tags += [MASK_TASK, "instance-segmentation"] if config["arch"].get("mask_heads") else []
     metadata: dict[str, Any] = {"library_name": LIBRARY, "pipeline_tag": TASK, "tags": list(dict.fromkeys(tags))}
     if cfg.license:
         metadata["license"] = cfg.license
@@ -151,8 +153,8 @@ def eval_results_yaml(config: Mapping[str, Any], record: Mapping[str, Any]) -> d
             date=record["date"],
             notes=f"{name}, % of {data['name']}, {data['split']}, {data['images']} images{_between(record, name)}",
         )
-        for name in ("AP", "AP50")
-        if record["metrics"][name] is not None
+        for name in ("AP", "AP50", "mask_AP", "mask_AP50")
+        if record["metrics"].get(name) is not None
     ]
     return {f".eval_results/{slug}.yaml": yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)}
 
@@ -161,7 +163,7 @@ def _eval_results(cfg: PretrainedCfg, record: Mapping[str, Any]) -> list[EvalRes
     data = record["dataset"]
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=MASK_TASK if name in MASK_METRIC_NAMES else TASK,
             dataset_type=cfg.datasets[0] if cfg.datasets else "coco",
             dataset_name=data["name"],
             dataset_split=data["split"],
@@ -169,8 +171,8 @@ def _eval_results(cfg: PretrainedCfg, record: Mapping[str, Any]) -> list[EvalRes
             metric_name=name,
             metric_value=round(100 * record["metrics"][name], 2),
         )
-        for name in METRIC_NAMES
-        if record["metrics"][name] is not None
+        for name in (*METRIC_NAMES, *MASK_METRIC_NAMES)
+        if record["metrics"].get(name) is not None
     ]
 
 
@@ -182,10 +184,11 @@ def _summary(config: Mapping[str, Any], cfg: PretrainedCfg) -> str:
     backbone = resolve_backbone_name(config["arch"]["backbone"])
     made_of = f"`{config['name']}` with the timm backbone `{backbone}`"
     made_of += f" and {blocks} Dynamic Head block{'s' * (blocks > 1)}" if blocks else ""
-    return f"An object detector for {len(cfg.class_names)} classes: {made_of}.\n\n{cfg.description}".strip()
+    kind = "An object detector that also draws masks," if config["arch"].get("mask_heads") else "An object detector"
+    return f"{kind} for {len(cfg.class_names)} classes: {made_of}.\n\n{cfg.description}".strip()
 
 
-def _usage(title: str, repo_id: str | None) -> str:
+def _usage(config: Mapping[str, Any], title: str, repo_id: str | None) -> str:
     lines = [
         "from dyhead_zoo import create_detector",
         "",
@@ -195,6 +198,10 @@ def _usage(title: str, repo_id: str | None) -> str:
         '    print(detector.label_space.names[label], f"{score:.2f}", box.tolist())  # x1, y1, x2, y2 in pixels',
     ]
     text = "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+    if config["arch"].get("mask_heads"):
+        text += (
+            "\n\n`found.paste(height, width)` gives the masks in a photo of that size: one for each box, of booleans."
+        )
     if repo_id and repo_id.startswith(f"{HUB_ORGANISATION}/") and registry.is_detector(title):
         text += f'\n\nBy name, it is `create_detector("{title}", pretrained=True)`.'
     return text + (
@@ -245,11 +252,6 @@ def _measured(cfg: PretrainedCfg, record: Mapping[str, Any] | None) -> str:
         f"## Results measured by us\n\nOn **{data['name']}, {data['split']}** ({data['images']:,} images, "
         f"{data['objects']:,} objects), with COCOeval ({record['evaluator']}), in percent."
     )
-    rows = [
-        f"| {name} | {_percent(record['metrics'][name])} | {_interval(record, name)} | {MEANINGS[name]} |"
-        for name in METRIC_NAMES
-    ]
-    table = "\n".join(["| | % | 95 % interval | |", "|---|---:|---|---|", *rows])
     notes = (
         f"Evaluated {record['date']} on {ran['device']} ({ran['hardware']}), torch {ran['torch']}, timm {ran['timm']}, "
         f"dyhead_zoo {ran['dyhead_zoo']}" + (f" at commit `{ran['commit']}`" if ran["commit"] else "") + "."
@@ -260,7 +262,20 @@ def _measured(cfg: PretrainedCfg, record: Mapping[str, Any] | None) -> str:
             f" Intervals: {drawn['method']}, {drawn['resamples']} draws, seed {drawn['seed']}; intervals of AP lie "
             "somewhat high by this method, which is not corrected."
         )
-    return "\n\n".join([head, table, _extremes(record["per_class"]), _class_table(record["per_class"]), notes])
+    return "\n\n".join(
+        [head, _metric_table(record), _extremes(record["per_class"]), _class_table(record["per_class"]), notes]
+    )
+
+
+def _metric_table(record: Mapping[str, Any]) -> str:
+    """The twelve figures of boxes and, beside them, those of masks."""
+    kinds = {"": "%", "mask_": "masks, %"} if MASK_METRIC_NAMES[0] in record["metrics"] else {"": "%"}
+    head = "".join(f" {title} | 95 % interval |" for title in kinds.values())
+    rows = []
+    for name in METRIC_NAMES:
+        pairs = [(_percent(record["metrics"][kind + name]), _interval(record, kind + name)) for kind in kinds]
+        rows.append(" | ".join([name, *(text for pair in pairs for text in pair), MEANINGS[name]]))
+    return "\n".join([f"| |{head} |", f"|---|{'---:|---|' * len(kinds)}---|", *(f"| {row} |" for row in rows)])
 
 
 def _extremes(per_class: Sequence[Mapping[str, Any]]) -> str:
@@ -280,11 +295,13 @@ def _extremes(per_class: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _class_table(per_class: Sequence[Mapping[str, Any]]) -> str:
+    names = [name for name in ("AP", "AP50", "mask_AP", "mask_AP50") if per_class and name in per_class[0]]
+    head = " | ".join(["class", *(name.replace("_", " ") for name in names), "objects"])
     rows = [
-        f"| {html.escape(r['name'])} | {_percent(r['AP'])} | {_percent(r['AP50'])} | {r['num_gts']} |"
+        " | ".join([html.escape(r["name"]), *(_percent(r[name]) for name in names), str(r["num_gts"])])
         for r in per_class
     ]
-    table = "\n".join(["| class | AP | AP50 | objects |", "|---|---:|---:|---:|", *rows])
+    table = "\n".join([f"| {head} |", f"|---|{'---:|' * len(names)}---:|", *(f"| {row} |" for row in rows)])
     return f"<details><summary>Every class</summary>\n\n{table}\n\n</details>"
 
 

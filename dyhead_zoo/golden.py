@@ -42,15 +42,18 @@ TOLERANCE = 1e-3
 """Of a tensor's largest value: float32 on other processors stays well below it, other weights do not."""
 MIN_IOU, MAX_SCORE_CHANGE = 0.95, 0.01
 """Two detections of one label that overlap so much, with scores so close, are the same."""
+MAX_MASK_CHANGE = 0.05
+"""Mean difference of the probabilities of two such detections' masks, up to which they are the same too."""
 MAX_UNMATCHED = 0.05
 """Share of detections without a counterpart that rounding may cause, where one is near a threshold."""
 
 _BESIDE = ".golden.safetensors"
 _SIZE = (96, 128)  # pixels of the canvas, before it is rounded up to the divisor
-_SAMPLES = 512
+_SAMPLES, _MASK_SAMPLES = 512, 64  # of a tensor; of the mask of one detection
 _STEP = 1_000_003  # a prime, so that the sample meets all rows, columns and channels
 _PARTS = ("shape", "stats", "sample")
-_DETECTION_PARTS = ("boxes", "scores", "labels")
+_DETECTION_PARTS = ("boxes", "scores", "labels")  # and "masks", of detectors that make them
+_REGIONS = ((0.0, 0.0, 1.0, 1.0), (0.1, 0.1, 0.6, 0.5), (0.4, 0.3, 0.9, 0.95), (0.05, 0.5, 0.3, 0.8))  # of the picture
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,10 @@ def make_golden(detector: Detector) -> dict[str, Tensor]:
     Returns:
         ``input.images`` (2, C, H, W) uint8 and ``input.image_sizes`` (2, 2); for every level of the backbone and of the
         pyramid and every tensor of the raw output ``<name>.shape``, ``<name>.stats`` (mean, standard deviation, largest
-        absolute value) and ``<name>.sample``; ``detections.<picture>.boxes``, ``.scores`` and ``.labels``.
-        All on the CPU.
+        absolute value) and ``<name>.sample``; ``detections.<picture>.boxes``, ``.scores``, ``.labels`` and, of
+        detectors that make masks, ``.masks`` (N, 64), some cells of each. Of two-stage detectors the raw output goes on
+        with what they say of a few fixed regions, ``raw.regions``, since weak weights may detect nothing in these
+        pictures. All on the CPU.
 
     Raises:
         ValueError: if an output is not a number.
@@ -261,14 +266,38 @@ def _observe(detector: Detector, images: Tensor, image_sizes: Tensor) -> dict[st
         features = detector.backbone(detector.normalise(images, image_sizes))
         pyramid = detector.neck(features)
         raw = detector(images, image_sizes)
+        regions = _look_at_regions(detector, raw)
         found = detector.decode(raw)
     seen: dict[str, Tensor] = {}
-    for stage, output in zip(STAGES, (features, pyramid, raw), strict=False):
+    outputs = (*zip(STAGES, (features, pyramid, raw), strict=False), ("raw.regions", regions))
+    for stage, output in outputs:
         for name, tensor in _leaves(stage, output):
             seen |= {f"{name}.{part}": x for part, x in zip(_PARTS, _summarise(tensor.cpu()), strict=True)}
     for i, detections in enumerate(found):
         seen |= {f"detections.{i}.{part}": getattr(detections, part).cpu() for part in _DETECTION_PARTS}
+        if detections.masks is not None:
+            seen[f"detections.{i}.masks"] = _sample_masks(detections.masks.cpu())
     return seen
+
+
+def _look_at_regions(detector: Detector, raw: Any) -> tuple[Any, ...]:
+    """What a two-stage detector says of fixed regions of each picture, and the masks it draws there; () for others."""
+    head: Any = detector.head
+    if not hasattr(head, "roi_forward"):
+        return ()
+    sides = raw.image_sizes.flip(1).repeat(1, 2)  # width, height, width, height
+    boxes = [torch.tensor(_REGIONS, device=sides.device) * size for size in sides]
+    stages = head.roi_forward(raw.features, boxes, raw.image_sizes)
+    if not detector.wants_masks:
+        return (stages,)
+    labels = torch.arange(len(boxes) * len(_REGIONS), device=sides.device) % len(detector.label_space)
+    return stages, head.mask_logits(raw.features, boxes, labels)
+
+
+def _sample_masks(masks: Tensor) -> Tensor:
+    """The same cells of each of (N, M, M) masks, spread over it: (N, at most 64)."""
+    cells = masks.flatten(1).float()
+    return cells[:, torch.arange(min(_MASK_SAMPLES, cells.shape[1])) * _STEP % max(cells.shape[1], 1)]
 
 
 def _without_tf32(device: torch.device) -> AbstractContextManager[None]:
@@ -309,9 +338,9 @@ def _compare(name: str, golden: Mapping[str, Tensor], actual: Mapping[str, Tenso
     if first not in golden or first not in actual:
         where = "the golden tensors" if first not in golden else "what the detector gives"
         return Deviation(name, math.inf, math.inf, f"is missing from {where}")
-    wanted, found = ([side[f"{name}.{part}"] for part in _parts(name)] for side in (golden, actual))
     if name.startswith("detections."):
-        return _compare_detections(name, Detections(*wanted), Detections(*found))
+        return _compare_detections(name, _detections(name, golden), _detections(name, actual))
+    wanted, found = ([side[f"{name}.{part}"] for part in _PARTS] for side in (golden, actual))
     if not torch.equal(wanted[0], found[0]):
         note = f"its shape is {found[0].tolist()}, that of the golden tensor {wanted[0].tolist()}"
         return Deviation(name, math.inf, math.inf, note)
@@ -323,11 +352,22 @@ def _compare(name: str, golden: Mapping[str, Tensor], actual: Mapping[str, Tenso
     return Deviation(name, absolute, relative, note)
 
 
+def _detections(name: str, side: Mapping[str, Tensor]) -> Detections:
+    boxes, scores, labels = (side[f"{name}.{part}"] for part in _DETECTION_PARTS)
+    return Detections(boxes, scores, labels, side.get(f"{name}.masks"))
+
+
 def _compare_detections(name: str, wanted: Detections, found: Detections) -> Deviation:
-    """Match by label, score and overlap, since rounding may change the order."""
+    """Match by label, score, overlap and mask, since rounding may change the order; masks are samples (N, cells)."""
+    if (wanted.masks is None) != (found.masks is None):
+        where = "the golden tensors" if wanted.masks is None else "what the detector gives"
+        return Deviation(name, math.inf, math.inf, f"its masks are missing from {where}")
     overlap = box_iou(wanted.boxes, found.boxes)
     overlap[wanted.labels[:, None] != found.labels] = 0
     overlap[(wanted.scores[:, None] - found.scores).abs() > MAX_SCORE_CHANGE] = 0
+    if wanted.masks is not None and found.masks is not None:
+        change = (wanted.masks[:, None] - found.masks).abs().mean(-1)
+        overlap[~(change <= MAX_MASK_CHANGE)] = 0
     shifts = []
     for row in range(len(wanted) if len(found) else 0):
         value, column = overlap[row].max(0)

@@ -122,6 +122,14 @@ def detector_entrypoint(name: str) -> Entrypoint:
     return _entrypoints[arch]
 
 
+def family_of(name: str) -> str:
+    """The family of a registered or grammar name, such as ``mask_rcnn``; of another name its first word."""
+    _load()
+    families = sorted(_families, key=len, reverse=True)
+    own = name.removeprefix("test_")
+    return next((family for family in families if own.startswith(f"{family}_") or own == family), own.partition("_")[0])
+
+
 def parse_grammar(name: str) -> tuple[FamilyBuilder, str, int]:
     """``<family>_<backbone>[_dyhead<N>]`` to the family's builder, the backbone and N (0 without DyHead).
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from dyhead_zoo import create_detector, get_pretrained_cfg, list_pretrained
 from dyhead_zoo.card import LICENCES, card_metadata, eval_results_yaml, render_card
 from dyhead_zoo.citations import BACKBONES, PAPERS, bibtex, citations
-from dyhead_zoo.engine.evaluate import METRIC_NAMES
+from dyhead_zoo.engine.evaluate import MASK_METRIC_NAMES, METRIC_NAMES
 from dyhead_zoo.layers.backbone import resolve_backbone_name
 
 ROOT = Path(__file__).parents[1]
@@ -138,6 +138,20 @@ def test_detector_without_dyhead_and_data_says_less() -> None:
     assert "No record of an evaluation" in render_card(plain, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "masks"),
+    [
+        ("test_mask_rcnn_dyhead1", "mask_rcnn", True),
+        ("test_cascade_rcnn", "cascade_rcnn", False),
+        ("deformable_detr_test_resnet", "deformable_detr", False),
+    ],
+)
+def test_tags_name_the_family_and_what_it_makes(name: str, family: str, masks: bool) -> None:
+    tags = set(card_metadata(create_detector(name, num_classes=2, channels=32).config(), None)["tags"])
+    assert family in tags
+    assert ({"instance-segmentation", "image-segmentation"} <= tags) is masks
+
+
 def test_licences_of_the_table_have_the_hubs_names() -> None:
     assert set(LICENCES) <= HUB_LICENCES
 
@@ -156,6 +170,31 @@ def test_card_shows_the_figures_of_the_record(card: str) -> None:
     assert "7 draws, seed 3" in measured and "c" * 40 in measured
     assert "kind19 38.0" in measured and "| kind7 | 14.0 | 28.0 | 26 |" in measured
     assert "1.23 M" in card and "2.50 G" in card and "384 x 416" in card
+
+
+def masked() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config and record of a detector that makes masks."""
+    own = config()
+    own["arch"] = {**own["arch"], "mask_heads": 1}
+    record = copy.deepcopy(RECORD)
+    record["metrics"] |= {name: 0.0777 + 0.01 * i for i, name in enumerate(MASK_METRIC_NAMES)}
+    record["intervals"]["mask_AP"] = [0.0666, 0.0888]
+    record["per_class"] = [{**row, "mask_AP": 0.5, "mask_AP50": 0.75} for row in record["per_class"]]
+    return own, record
+
+
+def test_figures_of_masks_stand_beside_those_of_boxes(card: str) -> None:
+    text = render_card(*masked())
+    measured = section(text, "Results measured by us")
+    assert "| AP | 12.3 | 11.1 to 13.6 | 7.8 | 6.7 to 8.9 |" in measured
+    assert "| kind7 | 14.0 | 28.0 | 50.0 | 75.0 | 26 |" in measured
+    assert "found.paste(height, width)" in text and "mask" not in card
+    data = front_matter(text)
+    check_front_matter(data)
+    boxes, masks = data["model-index"][0]["results"]
+    assert [r["task"]["type"] for r in (boxes, masks)] == ["object-detection", "image-segmentation"]
+    assert {m["name"]: m["value"] for m in masks["metrics"]}["mask_AP"] == pytest.approx(7.77)
+    assert len(boxes["metrics"]) == 11 and len(masks["metrics"]) == 12
 
 
 def test_every_figure_follows_the_record() -> None:
@@ -219,6 +258,9 @@ def test_eval_results_say_that_it_is_a_subset() -> None:
     assert [e.value for e in entries] == [12.34, 13.34] and entries[0].dataset_id == "detection-datasets/coco"
     assert entries[0].task_id == "coco_few_384_px_val_ap" and "11.1 to 13.6" in str(entries[0].notes)
     assert eval_results_yaml(config(datasets=()), RECORD) == {}
+    ((_, text),) = eval_results_yaml(*masked()).items()
+    entries = huggingface_hub.parse_eval_result_entries(yaml.safe_load(text))
+    assert [e.value for e in entries] == [12.34, 13.34, 7.77, 8.77] and "6.7 to 8.9" in str(entries[2].notes)
 
 
 # -- citations ---------------------------------------------------------------------------------------------------------

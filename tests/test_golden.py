@@ -41,6 +41,11 @@ def changed(detector: Detector, change: Callable[[Detector], None]) -> Detector:
         ("test_atss_dyhead1", {"in_chans": 1, "num_classes": 2}),
         ("atss_test_vit_dyhead1", {"channels": 32}),
         ("atss_xcit_nano_12_p16_224", {"channels": 32, "towers": 1}),  # of one canvas only
+        ("test_faster_rcnn_dyhead1", {"num_classes": 3}),
+        ("test_mask_rcnn", {"score_threshold": 0.0}),
+        ("test_cascade_mask_rcnn", {"num_classes": 5, "score_threshold": 0.0}),
+        ("test_detr", {}),
+        ("test_deformable_detr_dyhead1", {}),
     ],
 )
 def test_any_detector_agrees_with_itself(name, options, tmp_path):
@@ -96,6 +101,44 @@ def test_change_is_reported_at_its_stage(detector, golden, change, stage, name):
     assert result.departs.stage == stage and result.departs.name.startswith(name)
     assert all(d.relative == 0 for d in result.deviations if STAGES.index(d.stage) < STAGES.index(stage))
     assert f"departs at {result.departs.name}: " in result.report()
+
+
+@pytest.fixture(scope="module")
+def drawing() -> Detector:
+    return create_detector("test_mask_rcnn", num_classes=3, score_threshold=0.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("head.box.0.fcs.0.weight", "raw.regions.0.0."), ("head.mask.0.convs.2.conv.weight", "raw.regions.1")],
+)
+def test_what_is_said_of_regions_is_compared(drawing, key, name):
+    assert verify(changed(drawing, scale(key, -1)), make_golden(drawing)).departs.name.startswith(name)
+
+
+def test_other_masks_depart(drawing):
+    golden = make_golden(drawing)
+    assert golden["detections.0.masks"].shape == (100, 64)
+    near, far = (golden | {"detections.0.masks": golden["detections.0.masks"] + change} for change in (0.01, 0.3))
+    assert verify(drawing, near).passed
+    assert verify(drawing, far).departs.name == "detections.0"
+
+
+def test_masks_that_nobody_made_or_expects_depart(drawing):
+    golden = make_golden(drawing)
+    boxes_only = {key: value for key, value in golden.items() if not key.endswith(".masks")}
+    notes = {d.name: d.note for d in verify(drawing, boxes_only).deviations}
+    assert notes["detections.0"] == "its masks are missing from the golden tensors"
+    other = changed(drawing, lambda d: setattr(d.head, "wants_masks", False))
+    notes = {d.name: d.note for d in verify(other, golden).deviations}
+    assert notes["detections.1"] == "its masks are missing from what the detector gives"
+
+
+def test_a_second_stage_that_detects_nothing_is_compared_all_the_same():
+    detector = create_detector("test_mask_rcnn")
+    golden = make_golden(detector)
+    assert not len(golden["detections.0.scores"])
+    assert not verify(changed(detector, scale("head.mask.0.logits.weight", -1)), golden).passed
 
 
 def test_noise_of_rounding_is_tolerated(detector, golden):

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_helpers import SHAPES, shapes_coco
 from PIL import Image
 
 from dyhead_zoo import create_detector, evaluate
+from dyhead_zoo.card import render_card
 from dyhead_zoo.engine.bootstrap import average_precision, bootstrap_intervals, class_matches
-from dyhead_zoo.engine.evaluate import coco_metrics, match_images
+from dyhead_zoo.engine.evaluate import MASK_METRIC_NAMES, coco_metrics, match_images
 from dyhead_zoo.engine.record import evaluation_record, predictions_sha256, record_to_json
+from dyhead_zoo.ops.masks import encode_box
 
 Content = dict[str, Any]
 Found = list[dict[str, Any]]
@@ -79,6 +82,35 @@ def test_weighted_ap_is_that_of_the_repeated_images(seed: int, backend: Any) -> 
         slow, _ = coco_metrics(*drawn(content, found, times.tolist()), backend=backend)
         assert row.mean() == pytest.approx(slow["AP"], abs=1e-12)
         assert row[0] == pytest.approx(slow["AP50"], abs=1e-12)
+
+
+def with_masks(content: Content, found: Found) -> tuple[Content, Found]:
+    """The boxes as masks: those of objects as polygons, those that were found only half as wide."""
+    height, width = 300, 300
+    objects, halves = [], []
+    for a in content["annotations"]:
+        x, y, w, h = a["bbox"]
+        objects.append({**a, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
+    for p in found:
+        x, y, w, h = p["bbox"]
+        box = [max(v, 0.0) for v in (x, y, x + w / 2, y + h)]
+        halves.append({**p, "segmentation": encode_box((box[0], box[1], box[2], box[3]), height, width)})
+    return {**content, "annotations": objects}, halves
+
+
+def test_weighted_mask_ap_is_that_of_the_repeated_images() -> None:
+    content, found = with_masks(*photos(4, 12))
+    classes, count = class_matches(match_images(content, found, overlap="segm"))
+    weights = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=4)
+    for row, times in zip(average_precision(classes, weights), weights, strict=True):
+        slow, _ = coco_metrics(*drawn(content, found, times.tolist()), overlap="segm")
+        assert row.mean() == pytest.approx(slow["AP"], abs=1e-12)
+
+
+def test_masks_have_intervals_of_their_own() -> None:
+    content, found = with_masks(*photos(4, 40))
+    boxes, masks = (bootstrap_intervals(content, found, resamples=30, overlap=o) for o in ("bbox", "segm"))
+    assert 0 < masks["AP50"][1] < boxes["AP50"][0]
 
 
 def test_equal_images_leave_no_doubt() -> None:
@@ -162,6 +194,18 @@ def test_record_says_what_was_measured_on_what(record: dict[str, Any]) -> None:
     assert record["intervals"]["resamples"] == 5 and len(record["intervals"]["AP"]) == 2
     assert {"torch", "timm", "hardware", "commit"} <= set(record["environment"])
     assert record["evaluator"].split()[0] in ("hotcoco", "pycocotools")
+
+
+def test_masks_are_in_the_record_of_a_detector_that_makes_them(tmp_path: Path) -> None:
+    images, annotations = shapes_coco(tmp_path, count=2)
+    detector = create_detector("test_mask_rcnn", class_names=SHAPES, score_threshold=0.0, max_detections=5)
+    result = evaluate(detector, images=images, annotations=annotations, progress=False)
+    record = evaluation_record(detector, result, annotations=annotations, dataset="shapes", resamples=3)
+    assert set(MASK_METRIC_NAMES) < set(record["metrics"]) and record["predictions"]["count"] == 10
+    assert {"AP", "AP50", "mask_AP", "mask_AP50"} < set(record["intervals"])
+    assert all("mask_AP50" in row for row in record["per_class"])
+    card = render_card(detector.config(), record)
+    assert "masks, %" in card and "| class | AP | AP50 | mask AP | mask AP50 | objects |" in card
 
 
 def test_record_is_strict_json(record: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dyhead_zoo.engine.evaluate import Backend, match_images
+from dyhead_zoo.engine.evaluate import Backend, Overlap, match_images
 
 LEVEL = 0.95
 """Share of the draws that lie within an interval."""
@@ -56,16 +56,18 @@ def bootstrap_intervals(
     resamples: int = 1000,
     seed: int = 0,
     backend: Backend = "auto",
+    overlap: Overlap = "bbox",
 ) -> dict[str, list[float]]:
     """Confidence intervals of AP and AP50 for any COCO results records.
 
     Args:
         annotations: COCO-format file or its content.
-        predictions: ``image_id, category_id, bbox (xywh), score`` each.
+        predictions: ``image_id, category_id, bbox (xywh), score`` each, or ``segmentation`` instead of ``bbox``.
         image_ids: use these images only; None for all of the file.
         resamples: draws.
         seed: of the draws; the same seed gives the same intervals.
         backend: see ``evaluate``.
+        overlap: of boxes (``"bbox"``) or masks (``"segm"``).
 
     Returns:
         ``AP`` and ``AP50`` to ``[low, high]`` in 0..1, the 2.5th and 97.5th percentile of the draws; NaN where
@@ -77,7 +79,8 @@ def bootstrap_intervals(
     """
     if resamples < 1:
         raise ValueError(f"resamples={resamples}: draw at least once, better a thousand times")
-    classes, count = class_matches(match_images(annotations, predictions, image_ids=image_ids, backend=backend))
+    matches = match_images(annotations, predictions, image_ids=image_ids, backend=backend, overlap=overlap)
+    classes, count = class_matches(matches)
     generator = np.random.default_rng(seed)
     draws = []
     for start in range(0, resamples, _CHUNK):

@@ -240,6 +240,7 @@ def match_images(
     *,
     image_ids: Collection[int] | None = None,
     backend: Backend = "auto",
+    overlap: Overlap = "bbox",
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Which detections COCOeval matches to which objects, image by image, for objects of all sizes.
 
@@ -250,7 +251,7 @@ def match_images(
         ``category_id``, ``dtScores`` (D,), ``dtMatches`` and ``dtIgnore`` (T, D), ``gtIgnore`` (G,)), and the ids of
         all images, ascending.
     """
-    ground_truth, evaluator = _make_cocoeval(annotations, predictions, image_ids, backend)
+    ground_truth, evaluator = _make_cocoeval(annotations, predictions, image_ids, backend, overlap)
     evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.evaluate()

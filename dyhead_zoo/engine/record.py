@@ -20,7 +20,7 @@ import torch
 
 from dyhead_zoo.download import sha256_of
 from dyhead_zoo.engine.bootstrap import LEVEL, bootstrap_intervals
-from dyhead_zoo.engine.evaluate import EvalResult, read_annotations
+from dyhead_zoo.engine.evaluate import MASK_METRIC_NAMES, EvalResult, read_annotations
 from dyhead_zoo.engine.info import canvas_of, count_macs, count_parameters
 from dyhead_zoo.version import __version__
 from dyhead_zoo.weight_files import state_sha256
@@ -55,9 +55,10 @@ def evaluation_record(
 
     Returns:
         ``record_version, detector, date``; ``state_sha256`` (of the weights); ``metrics`` and ``per_class`` as in
-        ``EvalResult``; ``intervals`` (AP and AP50: low, high; with level, resamples, seed); ``dataset`` (name, split,
-        images, objects, annotations_sha256); ``predictions`` (count, sha256); ``model`` (parameters, multiply-adds and
-        the canvas they are for); ``unknown_classes``; ``evaluator``; ``seconds`` and ``environment``.
+        ``EvalResult``; ``intervals`` (AP and AP50, with masks mask_AP and mask_AP50 too: low, high; with level,
+        resamples, seed); ``dataset`` (name, split, images, objects, annotations_sha256); ``predictions`` (count,
+        sha256); ``model`` (parameters, multiply-adds and the canvas they are for); ``unknown_classes``; ``evaluator``;
+        ``seconds`` and ``environment``.
 
     Raises:
         FileNotFoundError, ValueError: if the annotation file is missing, or is not the one of the result.
@@ -67,7 +68,7 @@ def evaluation_record(
     intervals = None
     if resamples:
         intervals = {
-            **bootstrap_intervals(content, result.predictions, image_ids=image_ids, resamples=resamples, seed=seed),
+            **_intervals(content, result, image_ids, resamples, seed),
             "level": LEVEL,
             "resamples": resamples,
             "seed": seed,
@@ -102,6 +103,18 @@ def evaluation_record(
         "per_class": result.per_class,
     }
     return dict(_nan_to_none(record))
+
+
+def _intervals(
+    content: Mapping[str, Any], result: EvalResult, image_ids: Sequence[int], resamples: int, seed: int
+) -> dict[str, list[float]]:
+    """Those of boxes and, where they were evaluated, of masks, on the same draws of images."""
+    settings: dict[str, Any] = {"image_ids": image_ids, "resamples": resamples, "seed": seed}
+    intervals = bootstrap_intervals(content, result.predictions, **settings)
+    if MASK_METRIC_NAMES[0] in result.metrics:
+        of_masks = bootstrap_intervals(content, result.predictions, overlap="segm", **settings)
+        intervals |= {f"mask_{name}": interval for name, interval in of_masks.items()}
+    return intervals
 
 
 def record_to_json(record: Mapping[str, Any]) -> str:

@@ -623,6 +623,33 @@ def test_param_groups():
     assert all(group["weight_decay"] == 0.1 for group in everything)
 
 
+def test_modules_say_which_parts_learn_at_another_rate():
+    detector = create_detector("test_deformable_detr", class_names=NAMES)
+    groups = {g["name"]: g for g in param_groups(detector, lr=1.0, weight_decay=0.1, backbone_lr_scale=0.5)}
+    names = {id(p): name for name, p in detector.named_parameters()}
+    slow = {names[id(p)] for key in ("new_x0.1", "new_no_decay_x0.1") for p in groups[key]["params"]}
+    assert slow == {name for name in names.values() if "sampling_offsets" in name or "reference_points" in name}
+    assert len(slow) == 2 * (1 + 2 + 1)  # weight and bias of an encoder layer's, two decoder layers', the queries'
+    rates = {key: (g["lr"], g["peak_lr"]) for key, g in groups.items()}
+    assert rates["new_x0.1"] == rates["new_no_decay_x0.1"] == (0.1, 0.1) and rates["new"] == (1, 1)
+
+
+def test_rates_of_nested_parts_multiply():
+    class Part(torch.nn.Module):
+        def __init__(self, **parts):
+            super().__init__()
+            self.lr_scales = {name: scale for name, (_, scale) in parts.items()}
+            for name, (module, _) in parts.items():
+                self.add_module(name, module)
+
+    inner = Part(a=(torch.nn.Linear(2, 2, bias=False), 0.5), ab=(torch.nn.Linear(2, 2, bias=False), 4.0))
+    groups = param_groups(Part(inner=(inner, 0.1)), lr=2.0, weight_decay=0.1)
+    assert {g["name"]: (g["lr"], g["params"][0] is inner.a.weight) for g in groups} == {
+        "new_x0.05": (pytest.approx(0.1), True),
+        "new_x0.4": (pytest.approx(0.8), False),
+    }
+
+
 def test_position_tables_are_not_decayed():
     detector = create_detector("atss_swin_dyhead1", class_names=NAMES)
     groups = param_groups(detector, lr=1.0, weight_decay=0.1)

@@ -21,8 +21,9 @@ def param_groups(
     """Trainable parameters by learning rate and weight decay; frozen ones are left out.
 
     The pretrained body (``backbone.body.*``) learns at ``lr * backbone_lr_scale``; everything else is new and learns at
-    ``lr``. Biases, vectors (norm weights, per-level scales) and what the body itself lists in timm's
-    ``no_weight_decay()`` are not decayed unless ``decay_norm_bias``.
+    ``lr``, or at the share of it that the module which owns a part states in its ``lr_scales``, a mapping such as
+    ``{"sampling_offsets": 0.1}`` from the names of parts to factors. Biases, vectors (norm weights, per-level scales)
+    and what the body itself lists in timm's ``no_weight_decay()`` are not decayed unless ``decay_norm_bias``.
 
     Args:
         detector: any module whose parameter names follow the contract of ``Detector``.
@@ -32,13 +33,13 @@ def param_groups(
         decay_norm_bias: decay every parameter.
 
     Returns:
-        Up to four groups for ``timm.optim.create_optimizer_v2`` with ``lr``, ``peak_lr`` (what the schedule scales),
-        ``weight_decay`` and ``name``, in a fixed order.
+        Up to four groups, and more with ``lr_scales``, for ``timm.optim.create_optimizer_v2``, with ``lr``, ``peak_lr``
+        (what the schedule scales), ``weight_decay`` and ``name``, in a fixed order.
 
     Raises:
         ValueError: if nothing is trainable.
     """
-    exempt = _exempt_names(detector)
+    exempt, scales = _exempt_names(detector), _lr_scales(detector)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in detector.named_parameters():
         if not parameter.requires_grad:
@@ -46,8 +47,9 @@ def param_groups(
         in_body = name.startswith(BODY)
         plain = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
         decay = weight_decay if decay_norm_bias or not plain else 0.0
-        key = f"{'body' if in_body else 'new'}{'' if decay else '_no_decay'}"
-        rate = lr * backbone_lr_scale if in_body else lr
+        scale = math.prod(scale for part, scale in scales.items() if name.startswith(f"{part}."))
+        key = f"{'body' if in_body else 'new'}{'' if decay else '_no_decay'}{'' if scale == 1 else f'_x{scale:g}'}"
+        rate = scale * (lr * backbone_lr_scale if in_body else lr)
         fresh = {"name": key, "params": [], "lr": rate, "peak_lr": rate, "weight_decay": decay}
         groups.setdefault(key, fresh)["params"].append(parameter)
     if not groups:
@@ -59,6 +61,15 @@ def _exempt_names(detector: nn.Module) -> set[str]:
     body = getattr(getattr(detector, "backbone", None), "body", None)
     listed = getattr(body, "no_weight_decay", None)
     return {BODY + name for name in listed()} if callable(listed) else set()
+
+
+def _lr_scales(detector: nn.Module) -> dict[str, float]:
+    """Full names of the parts that modules want to learn faster or more slowly, with their factors."""
+    return {
+        f"{name}.{part}".removeprefix("."): scale
+        for name, module in detector.named_modules()
+        for part, scale in getattr(module, "lr_scales", {}).items()
+    }
 
 
 def lr_factor(step: int, *, steps_per_epoch: int, epochs: int, schedule: str, warmup_steps: int) -> float:

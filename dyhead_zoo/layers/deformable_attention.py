@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,12 @@ class DeformableAttention(nn.Module):
 
     Args:
         channels: C. levels: L. heads: M. points: P.
+
+    Attributes:
+        lr_scales: offsets learn at a tenth of the rate (section 5), see ``engine.optim.param_groups``.
     """
+
+    lr_scales: ClassVar[Mapping[str, float]] = {"sampling_offsets": 0.1}
 
     def __init__(self, channels: int, levels: int, heads: int, points: int) -> None:
         super().__init__()

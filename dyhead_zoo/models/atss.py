@@ -21,6 +21,7 @@ from dyhead_zoo.layers.losses import giou_loss, mean_over_ranks, sigmoid_focal_l
 from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
 from dyhead_zoo.layers.targets import Assignment, cells_inside, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
+from dyhead_zoo.models.sources import CAFFE_INPUT, LITE, MMDET, MMDET_URL, SMALL
 from dyhead_zoo.ops.boxes import centerness
 from dyhead_zoo.pretrained import COCO_SUBSET, PretrainedCfg, bundled_record
 from dyhead_zoo.registry import register_detector, register_family
@@ -181,16 +182,7 @@ def atss(name: str, pretrained: bool, user: dict[str, Any], **defaults: Any) -> 
     return build_detector(ATSSHead, name, pretrained, user, **defaults)
 
 
-_MMDET_URL = "https://download.openmmlab.com/mmdetection/v2.0"
-_MMDET = PretrainedCfg(
-    source="mmdet",
-    license="apache-2.0",
-    origin_url="https://github.com/open-mmlab/mmdetection",
-    paper_ids=("arXiv:1912.02424",),
-    reported_by="mmdetection's model zoo, COCO val2017",
-    antialias=False,
-    arch={"frozen_stages": 1, "norm_eval": True},
-)
+_MMDET = MMDET.replace(paper_ids=("arXiv:1912.02424",), arch={"frozen_stages": 1, "norm_eval": True})
 _MMDET_DYHEAD = _MMDET.replace(paper_ids=("arXiv:2106.08322", "arXiv:1912.02424"))
 _OFFICIAL = PretrainedCfg(
     source="detectron2",
@@ -208,28 +200,26 @@ _OFFICIAL_ARCH = {
     "extra_relu": True,
     "rank_by_product": True,
 }
-_CAFFE_INPUT: dict[str, Any] = {"mean": (103.53, 116.28, 123.675), "std": (1.0, 1.0, 1.0), "channel_order": "bgr"}
 _CAFFE_ARCH = {"caffe": True, "freeze_norm": True}
-_SMALL = PretrainedCfg(short_side=384, long_side=384, license="apache-2.0", paper_ids=_MMDET_DYHEAD.paper_ids)
-_LITE = _SMALL.replace(
-    mean=(127.5, 127.5, 127.5),
-    std=(127.5, 127.5, 127.5),
+_SMALL = SMALL.replace(paper_ids=_MMDET_DYHEAD.paper_ids)
+_LITE = LITE.replace(
+    paper_ids=_MMDET_DYHEAD.paper_ids,
     arch={"anchor_offset": 0.5, "fpn_norm": True, "score_threshold": 0.01},
 )
 
 cfgs = {
     "atss_resnet50.mmdet_1x_coco": _MMDET.replace(
-        url=f"{_MMDET_URL}/atss/atss_r50_fpn_1x_coco/atss_r50_fpn_1x_coco_20200209-985f7bd0.pth",
+        url=f"{MMDET_URL}/atss/atss_r50_fpn_1x_coco/atss_r50_fpn_1x_coco_20200209-985f7bd0.pth",
         hash_prefix="985f7bd0",
         reported={"AP": 39.4},
     ),
     "atss_resnet101.mmdet_1x_coco": _MMDET.replace(
-        url=f"{_MMDET_URL}/atss/atss_r101_fpn_1x_coco/atss_r101_fpn_1x_20200825-dfcadd6f.pth",
+        url=f"{MMDET_URL}/atss/atss_r101_fpn_1x_coco/atss_r101_fpn_1x_20200825-dfcadd6f.pth",
         hash_prefix="dfcadd6f",
         reported={"AP": 41.5},
     ),
     "atss_resnet50_dyhead6.mmdet_1x_coco": _MMDET_DYHEAD.replace(
-        url=f"{_MMDET_URL}/dyhead/atss_r50_fpn_dyhead_4x4_1x_coco/"
+        url=f"{MMDET_URL}/dyhead/atss_r50_fpn_dyhead_4x4_1x_coco/"
         "atss_r50_fpn_dyhead_4x4_1x_coco_20211219_023314-eaa620c6.pth",
         mirrors=(
             "https://github.com/shinya7y/weights/releases/download/v1.0.0/"
@@ -240,14 +230,14 @@ cfgs = {
         reported={"AP": 43.3},
     ),
     "atss_resnet50_dyhead6.mmdet_caffe_1x_coco": _MMDET_DYHEAD.replace(
-        url=f"{_MMDET_URL}/dyhead/atss_r50_fpn_dyhead_for_reproduction_1x_coco/"
+        url=f"{MMDET_URL}/dyhead/atss_r50_fpn_dyhead_for_reproduction_1x_coco/"
         "atss_r50_fpn_dyhead_for_reproduction_4x4_1x_coco_20220107_213939-162888e6.pth",
         mirrors=(
             "https://github.com/shinya7y/weights/releases/download/v1.0.0/"
             "atss_r50_fpn_dyhead_for_reproduction_4x4_1x_coco_20220107_213939-162888e6.pth",
         ),
         hash_prefix="162888e6",
-        **_CAFFE_INPUT,
+        **CAFFE_INPUT,
         antialias=True,
         pad_divisor=128,
         arch={**_OFFICIAL_ARCH, **_CAFFE_ARCH, "frozen_stages": 1, "extra_relu": False, "rank_by_product": False},
@@ -256,7 +246,7 @@ cfgs = {
     "atss_resnet50_dyhead6.official_1x_coco": _OFFICIAL.replace(
         url="https://xiyang.blob.core.windows.net/public/dyhead_r50_atss_fpn_1x.pth",
         mirrors=("https://huggingface.co/fuliucansheng/detectron2/resolve/main/dyhead/atss_r50_model.bin",),
-        **_CAFFE_INPUT,
+        **CAFFE_INPUT,
         arch={**_OFFICIAL_ARCH, **_CAFFE_ARCH},
         reported={"AP": 42.4},
     ),
@@ -265,7 +255,7 @@ cfgs = {
         url="https://github.com/shinya7y/weights/releases/download/v1.0.0/dyhead_r50_atss_fpn_1x_mmdet-4d5fec82.pth",
         hash_prefix="4d5fec82",
         description="The official weights with mmdetection's parameter names.",
-        **_CAFFE_INPUT,
+        **CAFFE_INPUT,
         arch={**_OFFICIAL_ARCH, **_CAFFE_ARCH},
         reported={"AP": 42.3},
         reported_by="mmdetection pull request 6823, COCO val2017",
@@ -277,7 +267,7 @@ cfgs = {
         reported={"AP": 49.8},
     ),
     "atss_swin_large_dyhead6.mmdet_2x_coco": _MMDET_DYHEAD.replace(
-        url=f"{_MMDET_URL}/dyhead/atss_swin-l-p4-w12_fpn_dyhead_mstrain_2x_coco/"
+        url=f"{MMDET_URL}/dyhead/atss_swin-l-p4-w12_fpn_dyhead_mstrain_2x_coco/"
         "atss_swin-l-p4-w12_fpn_dyhead_mstrain_2x_coco_20220509_100315-bc5b6516.pth",
         hash_prefix="bc5b6516",
         short_side=1200,

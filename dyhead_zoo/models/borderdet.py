@@ -20,6 +20,7 @@ from dyhead_zoo.layers.postprocess import by_place, select_detections, take_rows
 from dyhead_zoo.layers.targets import matched_objects
 from dyhead_zoo.layers.tower import prior_bias
 from dyhead_zoo.models.fcos import FCOSHead, FCOSOutput
+from dyhead_zoo.models.sources import CAFFE_ARCH, CAFFE_INPUT, LITE
 from dyhead_zoo.ops.border_align import border_align
 from dyhead_zoo.ops.boxes import boxes_from_distances
 from dyhead_zoo.pretrained import PretrainedCfg
@@ -233,11 +234,8 @@ def borderdet(name: str, pretrained: bool, user: dict[str, Any], **defaults: Any
 
 _CFG = PretrainedCfg(license="apache-2.0", paper_ids=("arXiv:2007.11056",))
 _DYHEAD = _CFG.replace(paper_ids=("arXiv:2106.08322", "arXiv:2007.11056"))
-_LITE = _DYHEAD.replace(
-    short_side=384,
-    long_side=384,
-    mean=(127.5, 127.5, 127.5),
-    std=(127.5, 127.5, 127.5),
+_LITE = LITE.replace(
+    paper_ids=_DYHEAD.paper_ids,
     arch={"fpn_norm": True, "score_threshold": 0.01},
 )
 _CVPODS = _CFG.replace(
@@ -245,10 +243,8 @@ _CVPODS = _CFG.replace(
     origin_url="https://github.com/Megvii-BaseDetection/BorderDet",
     description="The released weights are on a file share without a direct address: download the file that the "
     "repository's README links to and pass it as checkpoint=.",
-    mean=(103.53, 116.28, 123.675),
-    std=(1.0, 1.0, 1.0),
-    channel_order="bgr",
-    arch={"caffe": True, "freeze_norm": True, "frozen_stages": 1},
+    **CAFFE_INPUT,
+    arch=CAFFE_ARCH,
     reported_by="Megvii-BaseDetection/BorderDet README, COCO val2017",
 )
 

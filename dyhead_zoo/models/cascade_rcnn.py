@@ -15,7 +15,6 @@ from typing import Any
 from dyhead_zoo.detector import Detector
 from dyhead_zoo.models.rcnn_cfgs import (
     DETECTRON2_ARCH,
-    DYHEAD_PAPER,
     MMDET_ARCH,
     TEST_ARCH,
     build_rcnn,
@@ -24,6 +23,7 @@ from dyhead_zoo.models.rcnn_cfgs import (
     mmdet,
     small,
 )
+from dyhead_zoo.models.sources import DYHEAD_PAPER
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.registry import register_detector, register_family
 

@@ -33,7 +33,7 @@ from dyhead_zoo.layers.transformer import (
     init_matrices,
     inverse_sigmoid,
 )
-from dyhead_zoo.pretrained import PretrainedCfg
+from dyhead_zoo.models.sources import LITE, MMDET, SMALL
 from dyhead_zoo.registry import register_detector, register_family
 from dyhead_zoo.structures import DetectionTensors, Target
 from dyhead_zoo.weights import ClassRows
@@ -343,21 +343,11 @@ _URL = "https://download.openmmlab.com/mmdetection"
 _ARCH = {"freeze_norm": True, "frozen_stages": 1, "pad_to_cells": False}
 _REFINE = {**_ARCH, "box_refine": True}
 _TWO_STAGE = {**_REFINE, "two_stage": True}
-_MMDET = PretrainedCfg(
-    source="mmdet",
-    license="apache-2.0",
-    origin_url="https://github.com/open-mmlab/mmdetection",
-    paper_ids=("arXiv:2010.04159",),
-    reported_by="mmdetection's model zoo, COCO val2017",
-    antialias=False,
-    pad_divisor=1,
-    arch=_ARCH,
-)
+_MMDET = MMDET.replace(paper_ids=("arXiv:2010.04159",), pad_divisor=1, arch=_ARCH)
 _MMDET2 = _MMDET.replace(reported_by="mmdetection's model zoo (version 2), COCO val2017")
-_SMALL = PretrainedCfg(short_side=384, long_side=384, license="apache-2.0", paper_ids=_MMDET.paper_ids)
-_LITE = _SMALL.replace(
-    mean=(127.5, 127.5, 127.5),
-    std=(127.5, 127.5, 127.5),
+_SMALL = SMALL.replace(paper_ids=_MMDET.paper_ids)
+_LITE = LITE.replace(
+    paper_ids=_MMDET.paper_ids,
     arch={"encoder_layers": 2, "decoder_layers": 3, "feedforward": 384, "num_queries": 100, "dropout": 0.0},
 )
 _TINY_ARCH = {"encoder_layers": 1, "decoder_layers": 2, "feedforward": 64, "num_queries": 60, "dropout": 0.0}

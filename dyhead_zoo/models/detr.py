@@ -20,6 +20,7 @@ from dyhead_zoo.layers.positions import padding_masks, sine_positions
 from dyhead_zoo.layers.postprocess import query_detections
 from dyhead_zoo.layers.projection import ProjectionNeck
 from dyhead_zoo.layers.transformer import MLP, Attention, FeedForward, check_channels, init_matrices
+from dyhead_zoo.models.sources import LITE, SMALL
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.registry import register_detector, register_family
 from dyhead_zoo.structures import DetectionTensors, Target
@@ -227,9 +228,9 @@ _OFFICIAL = PretrainedCfg(
     arch={"freeze_norm": True, "frozen_stages": 1, "pad_to_cells": False, "unused_rows": 11},
 )
 _DC5 = {**_OFFICIAL.arch, "output_stride": 16, "strides": (16,)}
-_SMALL = PretrainedCfg(short_side=384, long_side=384, license="apache-2.0", paper_ids=_OFFICIAL.paper_ids)
+_SMALL = SMALL.replace(paper_ids=_OFFICIAL.paper_ids)
 _LITE_ARCH = {"proj_norm": True, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 384, "dropout": 0.0}
-_LITE = _SMALL.replace(mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5), arch=_LITE_ARCH)
+_LITE = LITE.replace(paper_ids=_OFFICIAL.paper_ids, arch=_LITE_ARCH)
 _TINY = _SMALL.replace(
     arch={"proj_norm": True, "encoder_layers": 1, "decoder_layers": 2, "feedforward": 64, "dropout": 0.0}
 )

@@ -3,9 +3,12 @@
 Papers: Ren et al., "Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks", NeurIPS 2015,
 arXiv:1506.01497; Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, arXiv:1612.03144. The variants
 and their figures are those of mmdetection (Apache-2.0), detectron2 (Apache-2.0), torchvision (BSD-3-Clause) and of
-microsoft/DynamicHead (MIT), which puts DyHead between the pyramid and everything that reads it. The paper of DyHead
-(section 3.4) has its task attention after RoI pooling instead, in place of the fully connected layers:
-``create_detector("faster_rcnn_resnet50_dyhead6", task=False, task_after_roi=True)``; it was never released.
+microsoft/DynamicHead (MIT), which puts DyHead between the pyramid and everything that reads it.
+
+The paper of DyHead (arXiv:2106.08322, section 3.4) describes another detector, which was never released: scale and
+spatial attention before RoI pooling, task attention after it, in place of the fully connected layers. One switch gives
+it: ``create_detector("faster_rcnn_resnet50_dyhead6", task_after_roi=True)``; Mask and Cascade R-CNN have it too. With
+``task=True`` besides, the blocks keep their task attention, as all but the last do in the paper's figure 2(c).
 """
 
 from __future__ import annotations
@@ -14,10 +17,7 @@ from typing import Any
 
 from dyhead_zoo.detector import Detector
 from dyhead_zoo.models.rcnn_cfgs import (
-    CAFFE_ARCH,
-    CAFFE_INPUT,
     DETECTRON2_ARCH,
-    DYHEAD_PAPER,
     TEST_ARCH,
     TORCHVISION_ARCH,
     TORCHVISION_V2_ARCH,
@@ -28,6 +28,7 @@ from dyhead_zoo.models.rcnn_cfgs import (
     small,
     torchvision,
 )
+from dyhead_zoo.models.sources import CAFFE_ARCH, CAFFE_INPUT, DYHEAD_PAPER
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.registry import register_detector, register_family
 

@@ -23,6 +23,7 @@ from dyhead_zoo.layers.losses import giou_loss, iou_loss, mean_over_ranks, sigmo
 from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
 from dyhead_zoo.layers.targets import Assignment, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
+from dyhead_zoo.models.sources import CAFFE_ARCH, LITE, MMDET, MMDET_URL, SMALL, TORCHVISION
 from dyhead_zoo.ops.boxes import boxes_from_distances, centerness
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.registry import register_detector, register_family
@@ -218,27 +219,18 @@ def fcos(name: str, pretrained: bool, user: dict[str, Any], **defaults: Any) -> 
     return build_detector(FCOSHead, name, pretrained, user, **defaults)
 
 
-_MMDET_URL = "https://download.openmmlab.com/mmdetection/v2.0/fcos"
 _HUB = "https://huggingface.co/tianzhi"
 _PAPERS = ("arXiv:1904.01355", "arXiv:2006.09214")
 _DYHEAD_PAPERS = ("arXiv:2106.08322", *_PAPERS)
 _DETECTRON_MEAN = (102.9801, 115.9465, 122.7717)
 _CAFFE_MEAN = (103.53, 116.28, 123.675)
 _CAFFE_INPUT: dict[str, Any] = {"std": (1.0, 1.0, 1.0), "channel_order": "bgr"}
-_CAFFE_ARCH = {"caffe": True, "freeze_norm": True, "frozen_stages": 1}
 _PLAIN_ARCH = {"distances": "exp", "centerness_on": "cls", "centre_radius": None, "box_loss": "iou"}
-_AUTHORS_ARCH = {**_CAFFE_ARCH, "rank_by_product": True, "sqrt_score": True}
+_AUTHORS_ARCH = {**CAFFE_ARCH, "rank_by_product": True, "sqrt_score": True}
 
-_MMDET = PretrainedCfg(
-    source="mmdet",
-    license="apache-2.0",
-    origin_url="https://github.com/open-mmlab/mmdetection",
-    paper_ids=_PAPERS,
-    reported_by="mmdetection's model zoo, COCO val2017",
-    antialias=False,
-)
+_MMDET = MMDET.replace(paper_ids=_PAPERS)
 _MMDET_PLAIN_ARCH = {**_PLAIN_ARCH, "tower_bias": False, "nms_threshold": 0.5}
-_MMDET_PLAIN = _MMDET.replace(mean=_DETECTRON_MEAN, **_CAFFE_INPUT, arch={**_CAFFE_ARCH, **_MMDET_PLAIN_ARCH})
+_MMDET_PLAIN = _MMDET.replace(mean=_DETECTRON_MEAN, **_CAFFE_INPUT, arch={**CAFFE_ARCH, **_MMDET_PLAIN_ARCH})
 _AUTHORS = PretrainedCfg(
     license="other",
     limits=("Its authors' code and weights are for non-commercial purposes only.",),
@@ -260,29 +252,22 @@ _ADELAIDET = _AUTHORS.replace(
     mean=_CAFFE_MEAN,
     arch=_AUTHORS_ARCH,
 )
-_SMALL = PretrainedCfg(short_side=384, long_side=384, license="apache-2.0", paper_ids=_PAPERS)
-_LITE = _SMALL.replace(
-    mean=(127.5, 127.5, 127.5),
-    std=(127.5, 127.5, 127.5),
+_SMALL = SMALL.replace(paper_ids=_PAPERS)
+_LITE = LITE.replace(
     paper_ids=_DYHEAD_PAPERS,
     arch={"fpn_norm": True, "score_threshold": 0.01},
 )
 
 
 def _mmdet_url(config: str, digest: str) -> dict[str, str]:
-    return {"url": f"{_MMDET_URL}/{config}/{config}-{digest}.pth", "hash_prefix": digest}
+    return {"url": f"{MMDET_URL}/fcos/{config}/{config}-{digest}.pth", "hash_prefix": digest}
 
 
 cfgs = {
-    "fcos_resnet50.torchvision_coco": PretrainedCfg(
-        source="torchvision",
-        license="bsd-3-clause",
-        origin_url="https://github.com/pytorch/vision",
+    "fcos_resnet50.torchvision_coco": TORCHVISION.replace(
         paper_ids=_PAPERS,
         url="https://download.pytorch.org/models/fcos_resnet50_fpn_coco-99b0c9b7.pth",
         hash_prefix="99b0c9b7",
-        rounding="floor",
-        antialias=False,
         description="torchvision's own detector shows scores above 0.2 only; here as few are cut off as for its AP.",
         arch={
             "freeze_norm": True,
@@ -302,7 +287,7 @@ cfgs = {
         description="With centre sampling, centerness on the regression branch, GIoU and distances in strides.",
         mean=_CAFFE_MEAN,
         **_CAFFE_INPUT,
-        arch=_CAFFE_ARCH,
+        arch=CAFFE_ARCH,
         reported={"AP": 38.7},
     ),
     "fcos_resnet50.mmdet_1x_coco": _MMDET_PLAIN.replace(

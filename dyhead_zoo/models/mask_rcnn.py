@@ -10,7 +10,6 @@ from typing import Any
 
 from dyhead_zoo.detector import Detector
 from dyhead_zoo.models.rcnn_cfgs import (
-    DYHEAD_PAPER,
     MMDET_ARCH,
     TEST_ARCH,
     TORCHVISION_ARCH,
@@ -22,6 +21,7 @@ from dyhead_zoo.models.rcnn_cfgs import (
     small,
     torchvision,
 )
+from dyhead_zoo.models.sources import DYHEAD_PAPER
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.registry import register_detector, register_family
 

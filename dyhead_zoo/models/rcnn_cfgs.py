@@ -1,4 +1,4 @@
-"""What the published weights of two-stage detectors have in common: conventions of their sources, input, provenance."""
+"""What the published weights of two-stage detectors have in common: conventions and recipes of their sources."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 from dyhead_zoo.detector import Detector
 from dyhead_zoo.factory import build_detector
 from dyhead_zoo.models.rcnn import RCNNHead
+from dyhead_zoo.models.sources import CAFFE_ARCH, CAFFE_INPUT, DETECTRON2, LITE, MMDET, MMDET_URL, SMALL, TORCHVISION
 from dyhead_zoo.pretrained import PretrainedCfg
 
-DYHEAD_PAPER = "arXiv:2106.08322"
-CAFFE_INPUT: dict[str, Any] = {"mean": (103.53, 116.28, 123.675), "std": (1.0, 1.0, 1.0), "channel_order": "bgr"}
 CAFFE_RESNEXT_INPUT: dict[str, Any] = {**CAFFE_INPUT, "std": (57.375, 57.12, 58.395)}
-CAFFE_ARCH = {"caffe": True, "freeze_norm": True, "frozen_stages": 1}
 MMDET_ARCH = {"rpn_low_quality": "owner", "rpn_least": 0.3}
 DETECTRON2_ARCH = {"rpn_reach": "canvas"}
 TORCHVISION_ARCH = {
@@ -42,9 +40,13 @@ TEST_ARCH = {"box_hidden": (32,), "proposals": (200, 100)}
 
 
 def build_rcnn(name: str, pretrained: bool, user: dict[str, Any], **defaults: Any) -> Detector:
-    """A two-stage detector on P2 to P6, the last being every second cell of P5."""
+    """A two-stage detector on P2 to P6, the last being every second cell of P5.
+
+    With ``task_after_roi`` the blocks of DyHead leave their task attention out, unless ``task=True`` keeps it.
+    """
     pyramid = {"strides": (4, 8, 16, 32), "num_extra": 1, "extra_from": "pool"}
-    return build_detector(RCNNHead, name, pretrained, user, **{**pyramid, **defaults})
+    moved = {"task": False} if user.get("task_after_roi", defaults.get("task_after_roi")) else {}
+    return build_detector(RCNNHead, name, pretrained, user, **{**pyramid, **moved, **defaults})
 
 
 def mmdet(
@@ -58,14 +60,10 @@ def mmdet(
     """Weights of mmdetection's ``<config>_coco``; the config's name tells input and backbone."""
     name = f"{config}_coco"
     backbone: dict[str, Any] = {"frozen_stages": 1, "norm_eval": True}
-    cfg = PretrainedCfg(
-        source="mmdet",
-        url=f"https://download.openmmlab.com/mmdetection/v2.0/{folder}/{name}/{name}_{version}.pth",
+    cfg = MMDET.replace(
+        url=f"{MMDET_URL}/{folder}/{name}/{name}_{version}.pth",
         hash_prefix=version.rpartition("-")[2],
-        license="apache-2.0",
-        origin_url="https://github.com/open-mmlab/mmdetection",
         paper_ids=papers,
-        antialias=False,
         arch={**arch, **(CAFFE_ARCH if "_caffe_" in config else backbone)},
         reported=reported,
         reported_by="mmdetection's model zoo, COCO val2017",
@@ -81,33 +79,23 @@ def detectron2(
     """Weights of detectron2's model zoo; file names hold a prefix of the MD5, which is not checked."""
     resnext = "_X_101_" in path
     backbone = {"freeze_norm": True, "frozen_stages": 1, **({} if resnext else {"caffe": True})}
-    return PretrainedCfg(
-        source="detectron2",
+    cfg = DETECTRON2.replace(
         url=f"https://dl.fbaipublicfiles.com/detectron2/{path}.pkl",
-        license="cc-by-sa-3.0",
-        license_url="https://github.com/facebookresearch/detectron2/blob/main/MODEL_ZOO.md",
-        origin_url="https://github.com/facebookresearch/detectron2",
         paper_ids=papers,
-        **(CAFFE_RESNEXT_INPUT if resnext else CAFFE_INPUT),
         arch={**arch, **backbone},
         reported=reported,
-        reported_by="detectron2's model zoo, COCO val2017",
     )
+    return cfg.replace(**CAFFE_RESNEXT_INPUT) if resnext else cfg
 
 
 def torchvision(
     papers: tuple[str, ...], reported: dict[str, float], file: str, weights: str, arch: dict[str, Any]
 ) -> PretrainedCfg:
     """Weights of torchvision, whose first versions have frozen norms with an eps of 0."""
-    return PretrainedCfg(
-        source="torchvision",
+    return TORCHVISION.replace(
         url=f"https://download.pytorch.org/models/{file}.pth",
         hash_prefix=file.rpartition("-")[2],
-        license="bsd-3-clause",
-        origin_url="https://github.com/pytorch/vision",
         paper_ids=papers,
-        rounding="floor",
-        antialias=False,
         arch=arch,
         reported=reported,
         reported_by=f"torchvision's {weights}, COCO val2017",
@@ -116,9 +104,9 @@ def torchvision(
 
 def small(papers: tuple[str, ...], arch: dict[str, Any]) -> PretrainedCfg:
     """Settings of a small detector without weights."""
-    return PretrainedCfg(short_side=384, long_side=384, license="apache-2.0", paper_ids=papers, arch=arch)
+    return SMALL.replace(paper_ids=papers, arch=arch)
 
 
 def lite(papers: tuple[str, ...]) -> PretrainedCfg:
     """Settings of a small detector on EfficientNet-Lite0."""
-    return small(papers, LITE_ARCH).replace(mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5))
+    return LITE.replace(paper_ids=papers, arch=LITE_ARCH)

@@ -21,6 +21,7 @@ from dyhead_zoo.layers.losses import mean_over_ranks, sigmoid_focal_loss
 from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
 from dyhead_zoo.layers.targets import Assignment, cells_inside, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
+from dyhead_zoo.models.sources import LITE, MMDET, MMDET_URL, SMALL
 from dyhead_zoo.ops import modulated_deform_conv2d
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.registry import register_detector, register_family
@@ -280,10 +281,8 @@ def reppoints(name: str, pretrained: bool, user: dict[str, Any], **defaults: Any
 _PAPERS = ("arXiv:1904.11490",)
 _DYHEAD_PAPERS = ("arXiv:2106.08322", *_PAPERS)
 _MMDET_ARCH = {"frozen_stages": 1, "norm_eval": True}
-_SMALL = PretrainedCfg(short_side=384, long_side=384, license="apache-2.0", paper_ids=_PAPERS)
-_LITE = _SMALL.replace(
-    mean=(127.5, 127.5, 127.5),
-    std=(127.5, 127.5, 127.5),
+_SMALL = SMALL.replace(paper_ids=_PAPERS)
+_LITE = LITE.replace(
     paper_ids=_DYHEAD_PAPERS,
     arch={"score_threshold": 0.01},
 )
@@ -293,15 +292,10 @@ def _mmdet(ap: float, config: str, version: str) -> PretrainedCfg:
     """Weights of mmdetection's ``reppoints_moment_<config>_coco``; those without GroupNorm say so by their name."""
     name = f"reppoints_moment_{config}_coco".replace("+", "%2B")
     plain = {} if "gn-" in config else {"fpn_norm": False, "tower_norm": False}
-    return PretrainedCfg(
-        source="mmdet",
-        license="apache-2.0",
-        origin_url="https://github.com/open-mmlab/mmdetection",
+    return MMDET.replace(
         paper_ids=_PAPERS,
-        reported_by="mmdetection's model zoo, COCO val2017",
-        antialias=False,
         arch={**_MMDET_ARCH, **plain},
-        url=f"https://download.openmmlab.com/mmdetection/v2.0/reppoints/{name}/{name}_{version}.pth",
+        url=f"{MMDET_URL}/reppoints/{name}/{name}_{version}.pth",
         hash_prefix=version.rpartition("-")[2],
         reported={"AP": ap},
     )

@@ -21,6 +21,7 @@ from dyhead_zoo.layers.losses import giou_loss, mean_over_ranks, sigmoid_focal_l
 from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
 from dyhead_zoo.layers.targets import Assignment, cells_inside, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
+from dyhead_zoo.models.sources import CAFFE_ARCH, CAFFE_INPUT, DETECTRON2, LITE, MMDET, MMDET_URL, SMALL, TORCHVISION
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.registry import register_detector, register_family
 from dyhead_zoo.structures import DetectionTensors, Target
@@ -226,10 +227,8 @@ def retinanet(name: str, pretrained: bool, user: dict[str, Any], **defaults: Any
 
 _PAPERS = ("arXiv:1708.02002",)
 _DYHEAD_PAPERS = ("arXiv:2106.08322", *_PAPERS)
-_CAFFE_INPUT: dict[str, Any] = {"mean": (103.53, 116.28, 123.675), "std": (1.0, 1.0, 1.0), "channel_order": "bgr"}
-_CAFFE_ARCH = {"caffe": True, "freeze_norm": True, "frozen_stages": 1}
 _MMDET_ARCH = {"extra_relu": False, "low_quality": "owner"}
-_DETECTRON2_ARCH = {**_CAFFE_ARCH, "train_padding": True, "normaliser": "running"}
+_DETECTRON2_ARCH = {**CAFFE_ARCH, "train_padding": True, "normaliser": "running"}
 _TORCHVISION_ARCH = {
     "frozen_stages": 1,
     "whole_pixels": True,
@@ -238,37 +237,11 @@ _TORCHVISION_ARCH = {
     "normaliser": "per_image",
 }
 
-_MMDET = PretrainedCfg(
-    source="mmdet",
-    license="apache-2.0",
-    origin_url="https://github.com/open-mmlab/mmdetection",
-    paper_ids=_PAPERS,
-    reported_by="mmdetection's model zoo, COCO val2017",
-    antialias=False,
-    arch={**_MMDET_ARCH, "frozen_stages": 1, "norm_eval": True},
-)
-_DETECTRON2 = PretrainedCfg(
-    source="detectron2",
-    license="cc-by-sa-3.0",
-    license_url="https://github.com/facebookresearch/detectron2/blob/main/MODEL_ZOO.md",
-    origin_url="https://github.com/facebookresearch/detectron2",
-    paper_ids=_PAPERS,
-    reported_by="detectron2's model zoo, COCO val2017",
-    **_CAFFE_INPUT,
-    arch=_DETECTRON2_ARCH,
-)
-_TORCHVISION = PretrainedCfg(
-    source="torchvision",
-    license="bsd-3-clause",
-    origin_url="https://github.com/pytorch/vision",
-    paper_ids=_PAPERS,
-    rounding="floor",
-    antialias=False,
-)
-_SMALL = PretrainedCfg(short_side=384, long_side=384, license="apache-2.0", paper_ids=_PAPERS)
-_LITE = _SMALL.replace(
-    mean=(127.5, 127.5, 127.5),
-    std=(127.5, 127.5, 127.5),
+_MMDET = MMDET.replace(paper_ids=_PAPERS, arch={**_MMDET_ARCH, "frozen_stages": 1, "norm_eval": True})
+_DETECTRON2 = DETECTRON2.replace(paper_ids=_PAPERS, arch=_DETECTRON2_ARCH)
+_TORCHVISION = TORCHVISION.replace(paper_ids=_PAPERS)
+_SMALL = SMALL.replace(paper_ids=_PAPERS)
+_LITE = LITE.replace(
     paper_ids=_DYHEAD_PAPERS,
     arch={"fpn_norm": True, "score_threshold": 0.01},
 )
@@ -278,11 +251,11 @@ def _mmdet(ap: float, config: str, version: str, folder: str = "retinanet") -> P
     """Weights of mmdetection's ``retinanet_<config>_coco``; a caffe config has that input and backbone."""
     name = f"retinanet_{config}_coco"
     cfg = _MMDET.replace(
-        url=f"https://download.openmmlab.com/mmdetection/v2.0/{folder}/{name}/{name}_{version}.pth",
+        url=f"{MMDET_URL}/{folder}/{name}/{name}_{version}.pth",
         hash_prefix=version.rpartition("-")[2],
         reported={"AP": ap},
     )
-    return cfg.replace(**_CAFFE_INPUT, arch={**_MMDET_ARCH, **_CAFFE_ARCH}) if "_caffe_" in config else cfg
+    return cfg.replace(**CAFFE_INPUT, arch={**_MMDET_ARCH, **CAFFE_ARCH}) if "_caffe_" in config else cfg
 
 
 def _detectron2(ap: float, config: str, file: str) -> PretrainedCfg:

@@ -372,8 +372,8 @@ def _add_explain(verbs: Any) -> argparse.ArgumentParser:
         "explain",
         help="show what would learn each object of a data set",
         description="Before any training: which level, anchors, points or regions each object is assigned to, which "
-        "objects nothing learns at this resolution, objects per image against queries, sizes, class balance, suspicious "
-        "boxes. No weights are needed.",
+        "objects nothing learns at this resolution, objects per image against queries, sizes, class balance, "
+        "suspicious boxes. No weights are needed.",
     )
     verb.add_argument("--detector", required=True, metavar="NAME", help="with or without a tag")
     verb.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="COCO-format JSON file")
@@ -443,11 +443,12 @@ def _add_benchmark(verbs: Any) -> argparse.ArgumentParser:
         help="measure what things cost on this machine",
         description="op: the deformable convolution; head: six DyHead blocks, inference; train: the same, forward and "
         "backward; each against dense convolutions and torchvision's operator. detector: a whole detector, its parts "
-        "and a training step. photo: the stages from a JPEG to boxes. memory: what operator, head and detector need at "
-        "their peak, each in a process of its own. data: making batches, by stages. eval: scoring detections, against "
-        "pycocotools.",
+        "and a training step. torchvision: its two-stage detectors beside ours with the same weights. photo: the "
+        "stages from a JPEG to boxes. memory: what operator, head and detectors need at their peak, each in a process "
+        "of its own. data: making batches, by stages. eval: scoring detections, against pycocotools.",
     )
-    verb.add_argument("what", choices=("op", "head", "train", "detector", "photo", "memory", "data", "eval"))
+    choices = ("op", "head", "train", "detector", "torchvision", "photo", "memory", "data", "eval")
+    verb.add_argument("what", choices=choices)
     verb.add_argument(
         "name",
         nargs="?",

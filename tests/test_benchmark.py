@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dyhead_zoo import create_detector
-from dyhead_zoo.engine import benchmark, benchmark_cases
+from dyhead_zoo.engine import benchmark, benchmark_cases, benchmark_torchvision
 from dyhead_zoo.engine.benchmark import Case, run_benchmark
 from dyhead_zoo.layers import dyhead_inference
 
@@ -153,6 +153,17 @@ def test_detector_cases() -> None:
         outputs(case)
     assert {subject for subject, _ in parts[0].pairs} == {"normalise", "backbone", "FPN", "DyHead", "head", "decode"}
     assert any(isinstance(m, torch.nn.BatchNorm2d) for m in detector.modules())  # the original is untouched
+
+
+def test_torchvisions_detectors_find_the_same() -> None:
+    for case in benchmark_torchvision.torchvision_cases((64, 96)):
+        found = outputs(case)
+        (theirs,) = found["torchvision"]
+        for ours in (found["ours"], found["ours fused"]):
+            assert len(ours) == len(theirs["scores"]) > 20
+            same = (ours.scores - theirs["scores"]).abs() < 1e-3
+            assert same.float().mean() > 0.9  # rounding may save or suppress a few boxes
+        assert (ours.masks is not None) == ("masks" in theirs) == ("mask" in case.name)
 
 
 def test_photo_cases(tmp_path: Path) -> None:

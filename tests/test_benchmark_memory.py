@@ -95,6 +95,8 @@ def test_cases_can_be_sent_to_fresh_processes() -> None:
         "op 100x168x256 training",
         "head 800x1344 training",
         "atss_resnet50_dyhead6 640x640 training",
+        "faster_rcnn_resnet50 640x640 inference",
+        "mask_rcnn_resnet50 640x640 inference",
     ]
 
 

@@ -37,6 +37,7 @@ from dyhead_zoo.engine.benchmark_parts import (
     with_settings,
     without_gradients,
 )
+from dyhead_zoo.engine.benchmark_torchvision import torchvision_cases
 from dyhead_zoo.engine.predict import sample_photo
 from dyhead_zoo.factory import create_detector
 from dyhead_zoo.ops import modulated_deform_conv2d
@@ -49,6 +50,7 @@ USES: dict[str, tuple[str, ...]] = {
     "head": ("size",),
     "train": ("size",),
     "detector": ("name", "size"),
+    "torchvision": ("size",),
     "photo": ("name",),
     "memory": (),
     "data": ("name", "size", "images", "annotations"),
@@ -68,9 +70,10 @@ def cases(
     """The cases of one verb of the command line.
 
     Args:
-        what: op, head, train, detector, photo, data or eval; for memory see ``benchmark_memory``.
+        what: op, head, train, detector, torchvision, photo, data or eval; for memory see ``benchmark_memory``.
         name: of a detector, for detector (with random weights), photo and data.
-        size: (height, width) of the maps (op), images (head, train, detector) or files (data), if not the default ones.
+        size: (height, width) of the maps (op), images (head, train, detector, torchvision) or files (data), if not the
+            default ones.
         images, annotations: a COCO-format data set, for data.
 
     Raises:
@@ -85,6 +88,8 @@ def cases(
         return train_cases([size] if size else IMAGES)
     if what == "detector":
         return detector_cases(create_detector(name or "atss_resnet50_dyhead6"), size or IMAGES[0])
+    if what == "torchvision":
+        return torchvision_cases(size or IMAGES[0])
     if what == "photo":
         return photo_cases(create_detector(name or "atss_lite0_dyhead2", pretrained=True), sample_photo())
     if what == "data":

@@ -37,6 +37,7 @@ from dyhead_zoo.engine.benchmark_parts import (
     with_dense_convs,
     with_settings,
 )
+from dyhead_zoo.engine.benchmark_torchvision import BUILDERS, torchvision_work
 from dyhead_zoo.factory import create_detector
 from dyhead_zoo.ops import modulated_deform_conv2d
 from dyhead_zoo.ops.deform_conv import Backend
@@ -83,7 +84,7 @@ class MemoryRow:
 
 
 def memory_cases() -> Iterator[MemoryCase]:
-    """Operator, head and detector, see ``operator_work``, ``head_work`` and ``detector_work``."""
+    """Operator, head, detector and torchvision's detectors, see ``operator_work`` and the like."""
     operators, small = ("dense", "bag", "torchvision"), (16, 16)
     for backward, way in ((False, "inference"), (True, "training")):
         make = partial(operator_work, backward=backward)
@@ -94,6 +95,9 @@ def memory_cases() -> Iterator[MemoryCase]:
     name = "atss_resnet50_dyhead6"
     contestants = ("ours", "ours, checkpointed", "torchvision op")
     yield MemoryCase(f"{name} 640x640 training", partial(detector_work, name), contestants, (640, 640), (128, 128))
+    for name in BUILDERS:
+        case = f"{name.partition('.')[0]} 640x640 inference"
+        yield MemoryCase(case, partial(torchvision_work, name), ("ours", "torchvision"), (640, 640), (128, 128))
 
 
 def run_memory_benchmark(

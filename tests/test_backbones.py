@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 
+from dyhead_zoo import create_detector
 from dyhead_zoo.layers.backbone import Backbone
 
 ROOT = Path(__file__).parents[1]
@@ -119,3 +120,8 @@ def test_checkpointed_and_plain_gradients_agree():
         loss = sum(x.square().sum() for x in backbone(images))
         gradients.append(torch.autograd.grad(loss, list(backbone.parameters())))
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_part_that_a_body_lacks_is_named():
+    with pytest.raises(ValueError, match="read_from names 'blocks.5.0', which ResNet lacks; it has conv1, "):
+        create_detector("faster_rcnn_resnet18", strides=(32, 32), read_from=("blocks.5.0", None))

@@ -7,17 +7,25 @@ normalised, nor switches without parameters; those are taken from published weig
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 from torch import Tensor
 
 from dyhead_zoo import registry
-from dyhead_zoo.convert import CheckpointError, Conversion, listing
+from dyhead_zoo.convert import CheckpointError, Conversion
+from dyhead_zoo.convert.clues import (
+    FAMILIES,
+    Shapes,
+    arguments,
+    backbone_of,
+    class_arguments,
+    dyhead_blocks,
+    family_of,
+)
 from dyhead_zoo.data.label_space import COCO_80, LabelSpace
 from dyhead_zoo.detector import Detector, Head
 from dyhead_zoo.layers.backbone import ALIASES
@@ -25,23 +33,11 @@ from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.saved import saved_config
 from dyhead_zoo.weights import check_shapes, classes_in, convert_state_dict, read_state_dict, stated_labels
 
-_MARKS = (
-    ("borderdet", "head.border_logits.weight"),
-    ("fcos", "head.box_distances.weight"),
-    ("reppoints", "head.refine_conv.weight"),
-    ("atss", "head.centerness.weight"),
-    ("retinanet", "head.box_deltas.weight"),
-)
-"""Families, and a key by which the first that has it is told."""
+_SHORT = {long: alias for alias, long in ALIASES.items()} | {"mobilenetv3_large_100": "mobilenetv3_large"}
+"""Backbones under the names that registered detectors have for them."""
 
-_BODIES = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x4d", "resnext101_64x4d", "resnext101_32x8d"),
-    *("wide_resnet50_2", "wide_resnet101_2"),
-    *("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224"),
-    *("swin_base_patch4_window12_384", "swin_large_patch4_window7_224", "swin_large_patch4_window12_384"),
-)
-"""timm's names of the backbones that the converters know."""
+_SIBLINGS = {"cascade_rcnn": "cascade_mask_rcnn"}
+"""Families with the settings of which others can do where their library published none."""
 
 _SETTINGS = (
     *("mean", "std", "channel_order", "short_side", "long_side", "interpolation", "antialias", "rounding"),
@@ -124,7 +120,9 @@ def guess(
     name: str | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Guess:
-    """Tell what a state dict is. Only keys and shapes are looked at; tensors may be on the meta device.
+    """Tell what a state dict is, by its keys and shapes.
+
+    Tensors may be on the meta device, except for the branches of Deformable DETR, which may be equal or not.
 
     Args:
         tensors: foreign keys to tensors.
@@ -143,25 +141,16 @@ def guess(
             "its keys are ours, but it has no record of its detector: create_detector(NAME, checkpoint=FILE) loads it"
         )
     shapes = {key: tuple(tensor.shape) for key, tensor in conversion.tensors.items()}
-    family = _family(shapes, name)
-    backbone, dyhead = _backbone(shapes), _dyhead_blocks(shapes)
+    family, backbone, dyhead = family_of(shapes), backbone_of(shapes), dyhead_blocks(shapes)
     ours = _name(family, backbone, dyhead)
     _check_hint(name, ours, family, backbone, dyhead)
-    told = _told(shapes)
-    settings = [
-        (tag, cfg.replace(arch={**cfg.arch, **told}))
-        for tag, cfg in _settings(name if name and "." in name else None, ours, family, dyhead, source)
-    ]
-    fits: dict[str, PretrainedCfg] = {}
-    misfits = []
-    count = _count_classes(family, conversion.tensors)
-    labels, labels_from = _labels(count, metadata, class_names)
-    for tag, cfg in settings:
-        try:
-            check_shapes(shapes, _state_dict(ours, cfg, labels))
-            fits[tag] = cfg
-        except ValueError as error:  # caffe=True, which is for ResNets only, too
-            misfits.append(f"as {ours}{f' with the settings of {tag}' if tag else ''}: {error}")
+    rows = class_arguments(shapes, family, source)
+    labels, labels_from = _labels(_count_classes(family, rows, conversion.tensors), metadata, class_names)
+    told = rows | ({"coarse_offsets": "reinterpret"} if dyhead else {})  # as every DyHead of others has them
+    settings = list(_settings(name if name and "." in name else None, ours, family, dyhead, source))
+    fits, misfits = _fitting(shapes, ours, labels, settings, told)
+    if not fits:  # as no published weights are: what the keys tell comes before settings
+        fits, misfits = _fitting(shapes, ours, labels, settings, arguments(shapes, family) | told)
     if not fits:
         raise CheckpointError(
             f"it looks like a {family} with {backbone} and {dyhead} DyHead blocks, from {source}, but "
@@ -176,62 +165,30 @@ def guess(
 # --- from keys --------------------------------------------------------------------------------------------------------
 
 
-def _family(shapes: Mapping[str, tuple[int, ...]], name: str | None) -> str:
-    for family, key in _MARKS:
-        if key in shapes:
-            return family
-    heads = sorted({re.sub(r"\d+", "*", key) for key in shapes if key.startswith("head.")})
-    raise CheckpointError(
-        f"its head is none of {', '.join(family for family, _ in _MARKS)}. In our names it has\n"
-        f"{listing(heads, 30) or '  no head: a backbone alone is no detector'}\n"
-        "Other families are loaded by create_detector(NAME, checkpoint=FILE, num_classes=N)"
-    )
-
-
-def _backbone(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """timm's name of the body whose tensors these are.
-
-    Raises:
-        CheckpointError: with the keys in which it departs from the most similar one.
-    """
-    prefix = "backbone.body."
-    body = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-    differences: dict[str, list[str]] = {}
-    for name in _BODIES:
-        with torch.device("meta"):
-            wanted = {k: tuple(v.shape) for k, v in timm.create_model(name, num_classes=0).state_dict().items()}
-        wanted = {k: shape for k, shape in wanted.items() if not k.startswith("norm.")}  # after the last stage: pruned
-        lines = [
-            f"{key}: {body.get(key, 'missing')} here, {wanted.get(key, 'missing')} in {name}"
-            for key in [*wanted, *(key for key in body if key not in wanted)]
-            if body.get(key) != wanted.get(key)
-        ]
-        if not lines:
-            return name
-        differences[name] = lines
-    nearest = min(differences, key=lambda name: len(differences[name]))
-    raise CheckpointError(
-        f"its backbone is none of {', '.join(_BODIES)}. It is most like {nearest}, but for "
-        f"{len(differences[nearest])} of {len(body)} keys:\n{listing(differences[nearest])}"
-    )
-
-
-def _dyhead_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return len({m[1] for key in shapes if (m := re.match(r"neck\.dyhead\.blocks\.(\d+)\.", key))})
-
-
-def _told(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Arguments that keys and shapes tell."""
-    told = {"towers": len({m[1] for key in shapes if (m := re.match(r"head\.cls_tower\.(\d+)\.", key))})}
-    laterals = [shape for key, shape in shapes.items() if re.fullmatch(r"neck\.fpn\.lateral\.0\.(conv\.)?weight", key)]
-    return told | ({"channels": laterals[0][0]} if laterals else {})
+def _fitting(
+    shapes: Shapes,
+    name: str,
+    labels: LabelSpace,
+    settings: Iterable[tuple[str, PretrainedCfg]],
+    told: Mapping[str, Any],
+) -> tuple[dict[str, PretrainedCfg], list[str]]:
+    """Settings that with the arguments ``told`` give just these keys and shapes; what is wrong with the others."""
+    fits: dict[str, PretrainedCfg] = {}
+    misfits = []
+    for tag, published in settings:
+        cfg = published.replace(arch={**published.arch, **told})
+        try:
+            check_shapes(shapes, _state_dict(name, cfg, labels))
+            fits[tag] = cfg
+        except ValueError as error:  # caffe=True, which is for ResNets only, too
+            misfits.append(f"as {name}{f' with the settings of {tag}' if tag else ''}: {error}")
+    return fits, misfits
 
 
 def _name(family: str, backbone: str, dyhead: int) -> str:
     """The registered name of a detector, if it has one, else that of the grammar."""
-    short = {long: alias for alias, long in ALIASES.items()}.get(backbone, backbone)
     suffix = f"_dyhead{dyhead}" if dyhead else ""
-    registered = f"{family}_{short}{suffix}"
+    registered = f"{family}_{_SHORT.get(backbone, backbone)}{suffix}"
     return registered if registry.is_detector(registered) else f"{family}_{backbone}{suffix}"
 
 
@@ -244,7 +201,7 @@ def _check_hint(name: str | None, ours: str, family: str, backbone: str, dyhead:
     """
     if name is None or name in (family, ours) or name.partition(".")[0] == ours:
         return
-    if not any(name == other for other, _ in _MARKS):
+    if name not in FAMILIES:
         if registry.is_detector(name.partition(".")[0]):
             registry.get_pretrained_cfg(name)
         else:
@@ -262,13 +219,12 @@ def _settings(
 ) -> Iterator[tuple[str, PretrainedCfg]]:
     """``name.tag`` and cfg of the published weights whose settings may be those of a checkpoint, the likeliest first.
 
-    Those of the same detector, else of the family, from the same library; without repetitions.
+    Those of the same detector, else of the family or its sibling, from the same library; without repetitions.
     """
     if wanted is not None:
         yield wanted, registry.get_pretrained_cfg(wanted)
         return
-    tags = [f"{name}.{tag}" for name in registry.list_detectors(f"{family}_*") for tag in registry.list_tags(name)]
-    tags = [tag for tag in tags if registry.get_pretrained_cfg(tag).source == source]
+    tags = _tags_from(source, family) or _tags_from(source, _SIBLINGS.get(family, family))
     tags = [tag for tag in tags if tag.partition(".")[0] == ours] or sorted(
         tags, key=lambda tag: ("_dyhead" in tag) != bool(dyhead)
     )
@@ -280,6 +236,11 @@ def _settings(
             yield tag, cfg
     if not tags:
         yield "", PretrainedCfg()
+
+
+def _tags_from(source: str, family: str) -> list[str]:
+    tags = [f"{name}.{tag}" for name in registry.list_detectors(f"{family}_*") for tag in registry.list_tags(name)]
+    return [tag for tag in tags if registry.get_pretrained_cfg(tag).source == source]
 
 
 def _relevant(cfg: PretrainedCfg) -> dict[str, Any]:
@@ -305,9 +266,9 @@ def _by_recorded_style(fits: Mapping[str, PretrainedCfg], metadata: Mapping[str,
     return next(iter(fits))
 
 
-def _count_classes(family: str, tensors: Mapping[str, Tensor]) -> int:
-    with torch.device("meta"):
-        head = cast(Head, _build(f"test_{family}", PretrainedCfg(), COCO_80).head)  # any of the family
+def _count_classes(family: str, rows: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    with torch.device("meta"):  # any of the family
+        head = cast(Head, _build(f"test_{family}", PretrainedCfg(arch=rows), COCO_80).head)
     count = classes_in(tensors, {f"head.{key}": rows for key, rows in head.class_rows().items()})
     if count is None:
         raise CheckpointError("it has no classifier")

@@ -368,10 +368,19 @@ def _nearest_level(reductions: Sequence[int], stride: int) -> int:
 
 
 def _channels_of(body: nn.Module, name: str | None) -> int | None:
-    """Channels of what the last convolution of a part of a body gives."""
+    """Channels of what the last convolution of a part of a body gives.
+
+    Raises:
+        ValueError: if the body has no such part.
+    """
     if name is None:
         return None
-    convs = [module for module in body.get_submodule(name).modules() if isinstance(module, nn.Conv2d)]
+    try:
+        part = body.get_submodule(name)
+    except AttributeError as error:
+        known = ", ".join(child for child, _ in body.named_children())
+        raise ValueError(f"read_from names {name!r}, which {type(body).__name__} lacks; it has {known}") from error
+    convs = [module for module in part.modules() if isinstance(module, nn.Conv2d)]
     return convs[-1].out_channels
 
 

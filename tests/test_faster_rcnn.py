@@ -25,11 +25,11 @@ from torchvision.models.detection import (
 )
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 
-from dyhead_zoo import create_detector, list_detectors, list_tags, load_checkpoint
+from dyhead_zoo import create_detector, list_detectors, list_tags, load_checkpoint, save_for_hub
 from dyhead_zoo.layers.assigners import BACKGROUND, IGNORED, max_iou_assign
-from dyhead_zoo.layers.roi_heads import RoIPooler, as_rois
+from dyhead_zoo.layers.roi_heads import BoxHead, RoIPooler, as_rois
 from dyhead_zoo.layers.rpn import sample
-from dyhead_zoo.weights import detect_source
+from dyhead_zoo.weights import CheckpointError, detect_source
 
 BUILDERS = {
     "faster_rcnn_resnet50.torchvision_coco": fasterrcnn_resnet50_fpn,
@@ -161,15 +161,62 @@ def test_rows_follow_their_class_name_and_the_background_stays():
     assert torch.equal(ours.box_deltas.weight, theirs.box_deltas.weight.unflatten(0, (3, 4))[[2, 0]].flatten(0, 1))
 
 
-def test_the_papers_variant_has_its_task_attention_after_pooling():
-    detector = create_detector("test_faster_rcnn_dyhead1", num_classes=3, task=False, task_after_roi=True)
-    keys = set(detector.state_dict())
-    assert "head.box.0.attention.0.fc1.weight" in keys
-    assert not any(".fcs." in key or ".task." in key for key in keys)
-    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    target = [{"boxes": torch.tensor([[8.0, 8, 50, 50]]), "labels": torch.tensor([1])}]
-    sum(detector.loss(detector(images), target).values()).backward()
-    assert all(p.grad is not None for p in detector.parameters() if p.requires_grad)
+PAPERS_VARIANT = [
+    ("test_faster_rcnn_dyhead1", {}),
+    ("test_faster_rcnn_dyhead1", {"formulation": "paper"}),
+    ("test_mask_rcnn_dyhead1", {"coarse_offsets": "reinterpret"}),
+    ("test_cascade_rcnn_dyhead1", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), PAPERS_VARIANT)
+def test_one_switch_moves_task_attention_behind_pooling(name, options):
+    released, paper, both = (
+        create_detector(name, num_classes=3, score_threshold=0.0, **options, **switches)
+        for switches in ({}, {"task_after_roi": True}, {"task_after_roi": True, "task": True})
+    )
+    before, behind, layers = ".task.", ".attention.", ".fcs."
+    for detector, there in ((released, (before, layers)), (paper, (behind,)), (both, (before, behind))):
+        keys = detector.state_dict()
+        assert [part for part in (before, behind, layers) if any(part in key for key in keys)] == list(there)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    sizes = torch.tensor([[64, 64], [40, 56]])
+    masks = torch.zeros(1, 64, 64, dtype=torch.bool)
+    masks[:, 10:40, 10:40] = True
+    targets = [
+        {"boxes": torch.tensor([[8.0, 8, 50, 50]]), "labels": torch.tensor([1]), "masks": masks},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": masks[:0, :40, :56]},
+    ]
+    theirs, ours = (detector.loss(detector(images, sizes), targets) for detector in (released, paper))
+    assert theirs.keys() == ours.keys() and all(term.isfinite() for term in ours.values())
+    sum(ours.values()).backward()
+    for key, parameter in paper.named_parameters():
+        assert parameter.grad is not None and (parameter.grad.any() or behind not in key), key
+    with torch.no_grad():
+        found = paper.decode(paper(images, sizes))
+        (alone,) = paper.decode(paper(images[:1], sizes[:1]))
+    assert all(len(d) > 10 and d.boxes.isfinite().all() for d in found)
+    assert torch.allclose(alone.scores, found[0].scores, atol=1e-5)
+
+
+def test_the_papers_variant_comes_back_from_a_folder_and_from_its_arguments(tmp_path):
+    detector = create_detector("test_faster_rcnn_dyhead1", num_classes=3, task_after_roi=True)
+    save_for_hub(detector, tmp_path)
+    again = create_detector(f"local-dir:{tmp_path}")
+    assert again.config()["arch"]["task"] is False and again.state_dict().keys() == detector.state_dict().keys()
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in detector.state_dict().items())
+    with pytest.raises(CheckpointError, match="attention"):  # weights of one variant do not pass for those of the other
+        create_detector("test_faster_rcnn_dyhead1", num_classes=3, checkpoint=detector.state_dict())
+
+
+def test_task_attention_behind_pooling_tells_regions_apart():
+    """Its coefficients come from the region, not from the picture: other regions change nothing."""
+    head = BoxHead(8, 4, 3, size=7, hidden=(1, 1), task_attention=True)
+    assert len(head.attention) == 2
+    x = torch.randn(5, 8, 7, 7)
+    scaled = torch.cat((x[:1], 3 * x[1:]))
+    for ours, theirs in zip(head(x), head(scaled), strict=True):
+        assert torch.allclose(ours[0], theirs[0], atol=1e-6) and not torch.allclose(ours[1:], theirs[1:])
 
 
 @pytest.mark.parametrize(
@@ -187,16 +234,20 @@ def test_unknown_variants_are_named(option, message):
         tiny(**option)
 
 
-def test_learns_four_pictures():
+@pytest.mark.parametrize(
+    ("name", "options", "steps"),
+    [("test_faster_rcnn", {}, 60), ("test_faster_rcnn_dyhead1", {"task_after_roi": True}, 45)],
+)
+def test_learns_four_pictures(name, options, steps):
     """Rectangles in the colours of their classes: found again, all four, and nothing else with confidence."""
     boxes = [[[8, 8, 40, 40]], [[20, 30, 60, 56]], [[4, 20, 30, 60]], [[30, 4, 62, 34]]]
     targets = [
         {"boxes": torch.tensor(b, dtype=torch.float32), "labels": torch.tensor([i % 3])} for i, b in enumerate(boxes)
     ]
     images = torch.stack([painted(64, 64, t["boxes"], t["labels"]) for t in targets])
-    detector = tiny(fpn_norm=True, samples=(64, 64), proposals=(50, 50))
+    detector = create_detector(name, num_classes=3, fpn_norm=True, samples=(64, 64), proposals=(50, 50), **options)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
-    for _ in range(60):
+    for _ in range(steps):
         losses = detector.loss(detector(images), targets)
         optimizer.zero_grad()
         sum(losses.values()).backward()

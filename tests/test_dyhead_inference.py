@@ -184,3 +184,15 @@ def test_it_follows_changed_weights() -> None:
         plain = head(features)
     assert not torch.allclose(before[0], after[0])
     torch.testing.assert_close(after[0], plain[0], atol=1e-5, rtol=1e-4)
+
+
+def test_works_without_the_undocumented_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(image: Tensor) -> Any:
+        raise AttributeError("no such operator")
+
+    dyhead_inference._moments_work.cache_clear()
+    monkeypatch.setattr(dyhead_inference, "_moments", missing)
+    try:
+        assert_fused_is_plain(head_of(), pyramid(), 1e-5)
+    finally:
+        dyhead_inference._moments_work.cache_clear()

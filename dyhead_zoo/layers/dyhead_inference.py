@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_CHUNK_ROWS = 512  # rows that are combined at a time: what is read, made and written stays in the cache
+_CHUNK_ROWS = 256  # rows that are combined at a time: what is read, made and written stays in the cache
 
 
 class _Pyramid(NamedTuple):
@@ -201,14 +201,32 @@ def _branch_factor(block: DyHeadBlock, pooled: Tensor, levels: range, pyramid: _
 
 
 def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of each channel of maps (B, H, W, C): (B, C) each.
-
-    By the operator behind BatchNorm's running statistics, which knows channels_last; ``torch.var_mean`` takes twenty
-    times as long where the channels are innermost.
-    """
-    moments = [torch.ops.aten.batch_norm_update_stats(image.permute(2, 0, 1)[None], None, None, 0.0) for image in maps]
+    """Mean and (biased) variance of each channel of maps (B, H, W, C): (B, C) each."""
+    moments = [_moments(image) if _moments_work() else _public_moments(image) for image in maps]
     mean, variance = (torch.stack(values) for values in zip(*moments, strict=True))
     return mean, variance
+
+
+def _moments(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the channels of an image (H, W, C), by the operator behind BatchNorm's statistics."""
+    mean, variance = torch.ops.aten.batch_norm_update_stats(image.permute(2, 0, 1)[None], None, None, 0.0)
+    return mean, variance
+
+
+def _public_moments(image: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in documented operators, twenty times as slow where the channels are innermost."""
+    variance, mean = torch.var_mean(image, (0, 1), correction=0)
+    return mean, variance
+
+
+@functools.cache
+def _moments_work() -> bool:
+    """Whether this build of torch has the undocumented operator of ``_moments``, and it gives what we rely on."""
+    image = torch.arange(12.0).view(2, 3, 2)
+    try:
+        return all(map(torch.allclose, _moments(image), _public_moments(image)))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 def _group_norm(norm: nn.GroupNorm, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

@@ -409,9 +409,9 @@ def run_explain(args: argparse.Namespace) -> int:
 def _add_import(verbs: Any) -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "import",
-        help="convert a checkpoint of mmdetection, detectron2 or torchvision",
-        description="Convert a one-stage detector that was trained with another library into a saved detector. Family, "
-        "backbone and number of classes are told by its keys; what they do not tell is said, and --as decides it.",
+        help="convert a checkpoint of mmdetection, detectron2, torchvision or DETR's authors",
+        description="Convert a detector that was trained with another library into a saved detector. Family, backbone "
+        "and number of classes are told by its keys; what they do not tell is said, and --as decides it.",
     )
     verb.add_argument("path", type=Path, metavar="PATH", help=".pth, .pt, .bin, .pkl or .safetensors")
     verb.add_argument("--as", dest="name", metavar="NAME", help="what it is: a family, a detector, or name.tag")

@@ -88,7 +88,7 @@ class Guess:
 def import_checkpoint(
     path: str | Path, name: str | None = None, *, class_names: Sequence[str] | None = None
 ) -> tuple[Detector, Guess]:
-    """Convert a checkpoint of mmdetection, detectron2, torchvision or their relatives into a detector.
+    """Convert a checkpoint of mmdetection, detectron2, torchvision, their relatives or DETR's authors into a detector.
 
     Args:
         path: see ``read_state_dict``; nothing in the file is run.

@@ -239,10 +239,12 @@ def fill(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
 
 def generated() -> dict[Path, str]:
     """Every generated file with its content."""
+    import benchmarks
     from figures import attention_figure, forward_pass, shapes_figure
 
     seen = forward_pass()
     pages: dict[str, dict[str, Callable[[], str]]] = {
+        "benchmarks.md": benchmarks.pages(),
         "results.md": {"measured": measured, "reported": reported, "per class": per_class},
         "detectors.md": {"names": names},
         "families.md": {"families": families},
@@ -254,6 +256,7 @@ def generated() -> dict[Path, str]:
         },
     }
     files = {DOCS / page: fill((DOCS / page).read_text(), tables) for page, tables in pages.items()}
+    files |= {DOCS / "assets" / name: figure for name, figure in benchmarks.figures().items()}
     files[DOCS / "assets" / "attention.svg"] = attention_figure(seen)
     files[DOCS / "assets" / "shapes.svg"] = shapes_figure(seen)
     return files

@@ -177,14 +177,14 @@ def stages_of(
     levels = detector.backbone(x)
     pyramid = neck.levels(levels)
     features = neck(levels)
-    raw = cast(Any, detector.head)(features, given, canvas)
+    head = cast(Any, detector.head)
+    raw = head(features, given, canvas)
     stages: dict[str, Contestant] = {
         "normalise": partial(detector.normalise, images, sizes),
         "backbone": partial(detector.backbone, x),
         "FPN": partial(neck.levels, levels),
-        "head": partial(cast(Any, detector.head), features, given, canvas),
-        "decode": partial(detector.decode, raw),
     }
     if neck.dyhead is not None:
         stages["DyHead"] = partial(neck.dyhead, pyramid)
+    stages |= {"head": partial(head, features, given, canvas), "decode": partial(detector.decode, raw)}
     return {name: without_gradients(stage) for name, stage in stages.items()}

@@ -502,6 +502,12 @@ def _add_push(verbs: Any) -> argparse.ArgumentParser:
     verb.add_argument("--card", type=Path, metavar="FILE", help="README.md")
     verb.add_argument("--record", type=Path, metavar="FILE", help="record of the evaluation, from eval --output")
     verb.add_argument(
+        "--license",
+        metavar="ID",
+        help="of the weights, by the Hub's name, such as apache-2.0; default: as they state; a card of your own stays "
+        "as it is",
+    )
+    verb.add_argument(
         "--message", default="Upload detector", metavar="TEXT", help="of the commit; default: %(default)s"
     )
     verb.add_argument("--dry-run", action="store_true", help="show what would be pushed; send nothing")
@@ -511,6 +517,7 @@ def _add_push(verbs: Any) -> argparse.ArgumentParser:
 
 def run_push(args: argparse.Namespace) -> int:
     """Push a detector, or show what a push would send."""
+    import shutil
     import tempfile
 
     from dyhead_zoo import create_detector, push_to_hub, save_for_hub
@@ -523,11 +530,16 @@ def run_push(args: argparse.Namespace) -> int:
     if path.is_dir():
         _check_saved(path)
     with tempfile.TemporaryDirectory() as temporary:
-        if path.is_dir() and record is None:
+        if path.is_dir() and record is None and args.license is None:
             folder = path
         else:
             detector = create_detector(f"local-dir:{path}" if path.exists() else args.detector, pretrained=True)
-            folder = save_for_hub(detector, Path(temporary) / "new", card=card, record=record, repo_id=args.repo_id)
+            folder = Path(temporary) / "new"
+            own_record = _copy_texts(path, folder) if path.is_dir() else None
+            record = own_record if record is None else record
+            save_for_hub(detector, folder, card=card, record=record, license=args.license, repo_id=args.repo_id)
+            if (path / "recipe.json").is_file():  # of the same weights, so it stays true
+                shutil.copyfile(path / "recipe.json", folder / "recipe.json")
         if args.dry_run:
             for name in saved_files(folder):
                 print(f"{(folder / name).stat().st_size:>12}  {name}")
@@ -567,6 +579,19 @@ def _check_saved(folder: Path) -> None:
         if not best.is_file():
             raise
         raise FileNotFoundError(f"{folder} is the folder of a training run: push its weights, {best}") from error
+
+
+def _copy_texts(folder: Path, copy: Path) -> dict[str, Any] | None:
+    """Copy the card and the licence texts of a saved detector, and return the record of its evaluation, if any."""
+    import shutil
+
+    from dyhead_zoo.hub import CARD_FILE, RECORD_FILE
+
+    copy.mkdir()
+    for name in (CARD_FILE, "LICENSE", "NOTICE"):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, copy / name)
+    return _read_record(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else None
 
 
 def _read_record(path: Path) -> dict[str, Any]:

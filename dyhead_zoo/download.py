@@ -70,7 +70,7 @@ def offline() -> str | None:
     return None
 
 
-def fetch(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path:
+def fetch(cfg: PretrainedCfg, cache_dir: str | Path | None = None, token: str | None = None) -> Path:
     """Local path of the weight file of ``cfg``, downloaded if need be.
 
     A file in the package comes first (unless ``DYHEAD_ZOO_BUNDLED=0``), then the Hub where its hash is known (or there
@@ -80,6 +80,7 @@ def fetch(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path:
     Args:
         cfg: record of the weights.
         cache_dir: instead of the default caches.
+        token: for private repositories of the Hub; by default the one of ``HF_TOKEN`` or of ``hf auth login``.
 
     Raises:
         ValueError: if the record names no weights at all.
@@ -94,7 +95,7 @@ def fetch(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path:
         failures.append(f"{cfg.file} in the package: DYHEAD_ZOO_BUNDLED=0 says to pass it over")
     if cfg.hf_hub_id and (cfg.sha256 or not cfg.url):
         try:
-            return _from_hub(cfg, cfg.hf_hub_id, cache_dir)
+            return _from_hub(cfg, cfg.hf_hub_id, cache_dir, token)
         except DownloadError as error:
             failures.append(f"{cfg.hf_hub_id} on the Hub: {error}")
     if cfg.url:
@@ -127,10 +128,11 @@ def _hash_problem(path: Path, sha256: str | None, prefix: str | None = None) -> 
 # --- the Hub ----------------------------------------------------------------------------------------------------------
 
 
-def _from_hub(cfg: PretrainedCfg, repo_id: str, cache_dir: str | Path | None) -> Path:
+def _from_hub(cfg: PretrainedCfg, repo_id: str, cache_dir: str | Path | None, token: str | None) -> Path:
     """The weights of a record; ``config.json`` is asked for because the Hub counts its requests as downloads."""
-    commit = hub_file(repo_id, CONFIG_FILE, revision=cfg.hf_hub_revision, cache_dir=cache_dir).parent.name
-    return hub_file(repo_id, WEIGHTS_FILE, revision=commit, cache_dir=cache_dir, sha256=cfg.sha256)
+    config = hub_file(repo_id, CONFIG_FILE, revision=cfg.hf_hub_revision, cache_dir=cache_dir, token=token)
+    commit = config.parent.name
+    return hub_file(repo_id, WEIGHTS_FILE, revision=commit, cache_dir=cache_dir, token=token, sha256=cfg.sha256)
 
 
 def hub_file(

@@ -51,6 +51,7 @@ def create_detector(
     pretrained_backbone: bool | str | Path | Mapping[str, Tensor] | None = None,
     checkpoint: str | Path | Mapping[str, Tensor] | None = None,
     cache_dir: str | Path | None = None,
+    token: str | None = None,
     **kwargs: Any,
 ) -> Detector:
     """Build a detector by name.
@@ -72,6 +73,7 @@ def create_detector(
             classes, unless ``num_classes`` or ``class_names`` does.
         cache_dir: where downloads are kept; default ``$DYHEAD_ZOO_CACHE`` or ``~/.cache/dyhead_zoo``, for those from
             the Hub its own cache.
+        token: for private repositories of the Hub; by default the one of ``HF_TOKEN`` or of ``hf auth login``.
         **kwargs: arguments of the backbone, neck or head, such as ``coarse_offsets='aligned'`` or ``frozen_stages=1``.
 
     Returns:
@@ -83,7 +85,7 @@ def create_detector(
         DownloadError: if weights cannot be had; the message says why, and what to do.
     """
     user = dict(kwargs, num_classes=num_classes, class_names=class_names, backbone=backbone)
-    user.update(pretrained_backbone=pretrained_backbone, checkpoint=checkpoint, cache_dir=cache_dir)
+    user.update(pretrained_backbone=pretrained_backbone, checkpoint=checkpoint, cache_dir=cache_dir, token=token)
     user = {key: value for key, value in user.items() if value is not None}
     if in_chans < 1:
         raise ValueError(f"in_chans={in_chans}: images have at least one channel")
@@ -112,7 +114,7 @@ def create_detector(
 def _from_hub(name: str, user: dict[str, Any]) -> Detector:
     """``org/repo[@revision]`` to the detector that is saved there."""
     repo_id, _, revision = name.partition("@")
-    folder = fetch_repository(repo_id, revision or None, cache_dir=user.get("cache_dir"))
+    folder = fetch_repository(repo_id, revision or None, cache_dir=user.get("cache_dir"), token=user.get("token"))
     detector = _from_saved(folder, user)
     origin = {"file": None, "hf_hub_id": repo_id, "hf_hub_revision": folder.name}  # the cache names folders by commit
     detector.pretrained_cfg = detector.pretrained_cfg.replace(**origin)
@@ -159,7 +161,7 @@ def build_detector(
     cfg: PretrainedCfg | None = user.pop("pretrained_cfg", None)
     if cfg is None and registry.is_detector(name):
         cfg = registry.get_pretrained_cfg(name)
-    cache_dir, checkpoint = user.pop("cache_dir", None), user.pop("checkpoint", None)
+    cache_dir, token, checkpoint = (user.pop(key, None) for key in ("cache_dir", "token", "checkpoint"))
     if pretrained and checkpoint is not None:
         raise ValueError("pretrained=True and checkpoint= both name the weights: choose one")
     pretrained_backbone = user.pop("pretrained_backbone", False)
@@ -198,7 +200,7 @@ def build_detector(
     head = head_cls(neck.channels, neck.strides, len(labels), pad_divisor=cfg.pad_divisor, **parts[head_cls])
     detector = Detector(backbone, neck, head, name=name, arch=options, pretrained_cfg=cfg, in_chans=in_chans)
     if pretrained:
-        path = fetch(weights_cfg, cache_dir)
+        path = fetch(weights_cfg, cache_dir, token)
         _report(load_checkpoint(detector, path, weights_cfg.source, label_space=weights_cfg.label_space))
     if checkpoint is not None:
         _report(load_checkpoint(detector, checkpoint))

@@ -341,7 +341,42 @@ def test_the_command_line_pushes_and_pulls(
     assert "does not exist, or is private" in capsys.readouterr().err and not (tmp_path / "nothing").exists()
 
 
+def test_the_command_line_states_a_licence_and_keeps_what_lies_beside(
+    hub: LoopbackHub, detector: Detector, tmp_path: Path
+) -> None:
+    saved = save_for_hub(detector, tmp_path / "saved", record=record_of(detector), golden=False)
+    (saved / "recipe.json").write_text("{}")
+    (saved / "NOTICE").write_text("by Alice")
+    assert "license" not in (saved / "README.md").read_text().split("---\n")[1]
+    assert cli.main(["push", str(saved), REPO, "--license", "mit"]) == 0
+    files = hub.files(REPO)
+    assert {"eval.json", "recipe.json", "NOTICE"} < set(files)
+    assert json.loads(files["config.json"])["pretrained_cfg"]["license"] == "mit"
+    assert "license: mit" in files["README.md"].decode()
+    assert json.loads((saved / "config.json").read_text())["pretrained_cfg"]["license"] is None  # the folder stays
+    (saved / "README.md").write_text("# Mine")
+    assert cli.main(["push", str(saved), "alice/own", "--license", "mit"]) == 0
+    assert hub.files("alice/own")["README.md"] == b"# Mine"
+
+
 # --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_private_repositories_take_a_token(
+    hub: LoopbackHub, folder: Path, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_to_hub(folder, REPO, private=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")
+    with pytest.raises(DownloadError, match="does not exist, or is private"):
+        load(tmp_path / "bob")
+    loaded = load(tmp_path / "alice", token="hf_alice")
+    assert_same(loaded, detector)
+    assert "hf_alice" not in json.dumps(loaded.config())
+    cfg = loaded.pretrained_cfg.replace(sha256=sha256_of(folder / "model.safetensors"))
+    named = {"pretrained_cfg": cfg, "class_names": LABELS, "anchor_offset": 0.5, "cache_dir": tmp_path / "named"}
+    assert_same(create_detector("test_atss_dyhead1", pretrained=True, token="hf_alice", **named), detector)
+    with pytest.raises(DownloadError, match="does not exist, or is private"):
+        create_detector("test_atss_dyhead1", pretrained=True, **{**named, "cache_dir": tmp_path / "other"})
 
 
 def load(cache: Path, revision: str = "", **kwargs: Any) -> Detector:

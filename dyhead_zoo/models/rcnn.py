@@ -101,8 +101,8 @@ class RCNNHead(nn.Module):
             more (mmdet's Mask R-CNN), see ``max_iou_assign``.
         box_convs, roi_norm, box_hidden: see ``BoxHead``; the norm is the mask heads' too.
         class_agnostic: one box per region for all classes, as several stages have in any case.
-        task_after_roi: task attention in place of the fully connected layers, see ``BoxHead``; the blocks of DyHead then
-            have none, see ``build_rcnn``.
+        task_after_roi: task attention in place of the fully connected layers, see ``BoxHead``; the blocks of DyHead
+            then have none, see ``build_rcnn``.
         score_mean: what several stages' scores are the mean of: ``'logits'`` or ``'probabilities'``.
         mask_heads: 0: no masks; else the first so many stages have a mask head, which learns on their regions
             (detectron2's Cascade R-CNN has one, mmdet's one per stage).

@@ -351,11 +351,12 @@ def _freeze_unread_branches(body: nn.Module, taps: Sequence[int]) -> None:
             if body.incre_modules is not None and branch < len(body.incre_modules):
                 body.incre_modules[branch].requires_grad_(False)
     if isinstance(body, CrossVit):
-        last = cast(Any, body.blocks[-1])
+        *_, before, last = (cast(Any, block) for block in body.blocks)
         for exchange in (last.projs, last.fusion, last.revert_projs):
             exchange.requires_grad_(False)
         for branch in set(range(body.num_branches)) - {tap // len(body.blocks) for tap in taps}:
-            last.blocks[branch].requires_grad_(False)
+            for unread in (before.projs, before.fusion, before.revert_projs, last.blocks):
+                unread[branch].requires_grad_(False)
 
 
 def _nearest_level(reductions: Sequence[int], stride: int) -> int:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from figures import GREY, INK, PALE, Drawing
 
 FOLDER = Path(__file__).parent.parent / "hub" / "benchmarks"
-COMPARED, STAGED = ("op", "head", "train", "torchvision", "eval"), ("detector", "photo", "data")
+COMPARED, STAGED = ("op", "head", "train", "torchvision", "eval"), ("detector", "reppoints", "photo", "data")
 """Files whose pairs are compared, and files with the stages of a whole; ``memory`` is the one of megabytes."""
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7")
 
@@ -81,6 +81,24 @@ GOALS = (
     Goal(
         "its training step: torchvision's operator over ours", "detector", "step$", "torchvision op", "ours", 9.0, True
     ),
+    Goal(
+        "RepPoints, which has its own deformable convolutions: torchvision's operator over ours",
+        "reppoints",
+        "inference$",
+        "torchvision op",
+        "ours",
+        3.0,
+        True,
+    ),
+    Goal(
+        "two-stage detectors, fused, over torchvision's with the same weights",
+        "torchvision",
+        "",
+        "ours fused",
+        "torchvision",
+        1.0,
+    ),
+    Goal("the same, as built", "torchvision", "", "ours", "torchvision", 1.0),
     Goal("memory of the operator, inference", "memory", "^op .*inference$", "bag", "", 35),
     Goal("memory of the operator, training", "memory", "^op .*training$", "bag", "", 105),
     Goal("memory of a training step of the head", "memory", "^head ", "bag", "", 1300),
@@ -93,6 +111,7 @@ GOALS = (
         "torchvision op",
         1.0,
     ),
+    Goal("process that runs a two-stage detector, over torchvision's", "memory", "rcnn", "ours", "torchvision", 1.0),
 )
 
 REPORTED = "mmdetection 3 (reported)"

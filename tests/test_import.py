@@ -218,6 +218,20 @@ def test_torchvisions_two_stage_detectors(build: Any, name: str, tag: str) -> No
         assert (len(found.labels), found.cfg.arch["unused_rows"]) == (classes, unused)
 
 
+def test_one_box_for_all_classes_of_torchvision() -> None:
+    keys = torchvision_keys(partial(fasterrcnn_resnet50_fpn, num_classes=4), old=False)
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
+    for rows in (4, 6):
+        tensors["roi_heads.box_predictor.bbox_pred.weight"] = torch.empty(rows, 1024, device="meta")
+        tensors["roi_heads.box_predictor.bbox_pred.bias"] = torch.empty(rows, device="meta")
+        if rows == 4:
+            found = guess(tensors)
+            assert len(found.labels) == 3 and found.cfg.arch["class_agnostic"]
+        else:
+            with pytest.raises(CheckpointError, match=r"box_deltas.bias \(6,\): no whole number of classes"):
+                guess(tensors)
+
+
 def test_widths_that_no_published_weights_have_are_told_by_the_keys() -> None:
     tensors = of_classes(mmdet_keys("cascade_mask_rcnn", "resnet50"), 3)
     for stage in range(3):

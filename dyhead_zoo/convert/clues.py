@@ -103,17 +103,17 @@ def dyhead_blocks(shapes: Shapes) -> int:
 def class_arguments(shapes: Shapes, family: str, source: str) -> dict[str, Any]:
     """Arguments that decide how the rows of the classifier are laid out.
 
-    Rows of no class are seen in torchvision's two-stage classifiers, which have boxes for the named classes only, and
-    in those of DETR's authors by their number, 92.
+    Rows of no class are those of ids that COCO does not use, in classifiers with a row for each id: torchvision's of
+    two stages, told by their 91 rows, and those of DETR's authors, by 92.
     """
     if family.endswith("rcnn"):
-        rows, boxes = _rows(shapes, "head.box.0.cls_logits.bias") - 1, _rows(shapes, "head.box.0.box_deltas.bias") // 4
-        found: dict[str, Any] = {"unused_rows": rows - boxes if source == "torchvision" and rows > boxes > 1 else 0}
-        if boxes == 1 < rows and not family.startswith("cascade"):
+        rows = _rows(shapes, "head.box.0.cls_logits.bias") - 1  # without the background's
+        found: dict[str, Any] = {"unused_rows": 10 if source == "torchvision" and rows == 90 else 0}
+        if _rows(shapes, "head.box.0.box_deltas.bias") == 4 and rows > 1 and not family.startswith("cascade"):
             found["class_agnostic"] = True
         if "mask" in family:
             found["mask_heads"] = _count(shapes, r"head\.mask")
-            if _rows(shapes, "head.mask.0.logits.bias") == 1 < rows:
+            if _rows(shapes, "head.mask.0.logits.bias") == 1 and rows > 1:
                 found["class_agnostic_masks"] = True
         return found
     if family == "detr":

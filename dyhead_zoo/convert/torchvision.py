@@ -143,19 +143,22 @@ def _drop_unnamed_rows(conversion: Conversion, anchors: int) -> None:
 
 def _background_last(conversion: Conversion) -> None:
     """Two-stage detectors: first the rows of the classes, then those of ids in no use, which stay in the softmax, then
-    the background's. The boxes and masks of the latter two are never read.
+    the background's. The boxes and masks of the latter two are never read; one for all classes stays as it is.
     """
     count = len(conversion.tensors["head.box.0.cls_logits.bias"])
     named = list(COCO_80.category_ids if count == _ROWS_OF_COCO else range(1, count))
     unused = [row for row in range(1, count) if row not in named]
     orders = {"box.0.cls_logits": [*named, *unused, 0], "box.0.box_deltas": named, "mask.0.logits": named}
+    reason = f"{count - len(named)} of {count} rows: background and ids of no class have neither box nor mask"
     for layer, order in orders.items():
         for key in (f"head.{layer}.weight", f"head.{layer}.bias"):
-            if key in conversion.tensors:
-                rows = conversion.tensors[key].unflatten(0, (count, -1))
-                conversion.tensors[key] = rows[torch.tensor(order, device=rows.device)].flatten(0, 1)
-    reason = f"{count - len(named)} of {count} rows: background and ids of no class have neither box nor mask"
-    conversion.dropped["roi_heads.box_predictor.bbox_pred, mask_predictor.mask_fcn_logits"] = reason
+            tensor = conversion.tensors.get(key)
+            if tensor is None or len(tensor) != count * (4 if layer == "box.0.box_deltas" else 1):
+                continue  # one for all classes, or left for the comparison of keys and shapes to report
+            rows = tensor.unflatten(0, (count, -1))
+            conversion.tensors[key] = rows[torch.tensor(order, device=rows.device)].flatten(0, 1)
+            if order is named:
+                conversion.dropped["roi_heads.box_predictor.bbox_pred, mask_predictor.mask_fcn_logits"] = reason
 
 
 def _add_scales(conversion: Conversion) -> None:

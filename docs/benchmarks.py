@@ -143,7 +143,7 @@ def pages() -> dict[str, Callable[[], str]]:
 
 def figures() -> dict[str, str]:
     """SVG pictures by file name, of the files that exist."""
-    makers = {
+    makers: dict[str, Callable[[Sequence[Row]], str]] = {
         **{what: partial(ratios_figure, what) for what in COMPARED},
         **{what: partial(parts_figure, what) for what in STAGED},
         "memory": memory_figure,

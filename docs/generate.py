@@ -156,12 +156,15 @@ def _measured_of(name: str) -> str:
 _STARTS = {"backbone": "ImageNet weights of the backbone", "detector": "the bundled detector", "random": "nothing"}
 
 
-def learned(file: str) -> Callable[[], str]:
-    """What ``hub/learn.py`` wrote, one row per detector and start: mean and range over the seeds."""
+def learned(file: str, only: str = "") -> Callable[[], str]:
+    """What ``hub/learn.py`` wrote, one row per detector and start: mean and range over the seeds.
+
+    ``only``: rows whose arguments have these words.
+    """
 
     def rows() -> str:
         groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
-        for row in csv.DictReader((HUB / file).open()):
+        for row in (row for row in csv.DictReader((HUB / file).open()) if only in row["arguments"]):
             groups.setdefault((row["detector"], row["start"], row["arguments"], row["steps"]), []).append(row)
         lines = []
         for (name, start, arguments, steps), runs in groups.items():
@@ -264,10 +267,10 @@ def generated() -> dict[Path, str]:
         "benchmarks.md": benchmarks.pages(),
         "results.md": {"measured": measured, "reported": reported, "per class": per_class},
         "detectors.md": {"names": names},
-        "families.md": {"families": families, "learned": towers_and_dyhead},
+        "families.md": {"families": families, "learned": towers_and_dyhead, "by heart": learned("overfit.csv")},
         "finetune.md": {"fruit": learned("fruit300.csv")},
         "dyhead.md": {
-            "by heart": learned("overfit.csv"),
+            "by heart": learned("overfit.csv", "formulation="),
             "released shapes": lambda: released_shapes(seen),
             "paper shapes": lambda: paper_shapes(seen),
         },

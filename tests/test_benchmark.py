@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dyhead_zoo import create_detector
-from dyhead_zoo.engine import benchmark, benchmark_cases, benchmark_torchvision
+from dyhead_zoo.engine import benchmark, benchmark_cases, benchmark_parts, benchmark_torchvision
 from dyhead_zoo.engine.benchmark import Case, run_benchmark
 from dyhead_zoo.layers import dyhead_inference
 
@@ -153,6 +153,12 @@ def test_detector_cases() -> None:
         outputs(case)
     assert {subject for subject, _ in parts[0].pairs} == {"normalise", "backbone", "FPN", "DyHead", "head", "decode"}
     assert any(isinstance(m, torch.nn.BatchNorm2d) for m in detector.modules())  # the original is untouched
+
+
+def test_settings_reach_every_deformable_convolution() -> None:
+    detector = benchmark_parts.with_settings(create_detector("test_reppoints_dyhead1"), backend="torchvision")
+    backends = [part.backend for part in detector.modules() if hasattr(part, "backend")]
+    assert len(backends) == 5 and set(backends) == {"torchvision"}
 
 
 def test_torchvisions_detectors_find_the_same() -> None:

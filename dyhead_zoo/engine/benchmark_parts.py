@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dyhead_zoo.detector import Detector, TrainStep
 from dyhead_zoo.engine.benchmark import Contestant
 from dyhead_zoo.layers.dyhead import DeformConv3x3, DyHead
+from dyhead_zoo.models.reppoints import PointConv
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -84,7 +85,7 @@ def with_settings(module: Module, **settings: Any) -> Module:
     """A copy whose heads and deformable convolutions have other attributes."""
     module = copy.deepcopy(module)
     for part in module.modules():
-        if isinstance(part, (DyHead, DeformConv3x3)):
+        if isinstance(part, (DyHead, DeformConv3x3, PointConv)):
             for name in settings.keys() & vars(part).keys():
                 setattr(part, name, settings[name])
     return module

@@ -23,6 +23,7 @@ from dyhead_zoo.layers.targets import Assignment, cells_inside, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
 from dyhead_zoo.models.sources import LITE, MMDET, MMDET_URL, SMALL
 from dyhead_zoo.ops import modulated_deform_conv2d
+from dyhead_zoo.ops.deform_conv import Backend
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.registry import register_detector, register_family
 from dyhead_zoo.structures import DetectionTensors, Target
@@ -72,19 +73,22 @@ class PointConv(nn.Module):
     """Deformable 3x3 convolution (DCNv1, arXiv:1703.06211) whose taps are the points, without bias.
 
     Shapes: x (B, C, H, W), points (B, 18, H, W) in cells, relative to their own cell, (y, x) pairs -> (B, C, H, W).
+
+    ``backend`` is that of ``modulated_deform_conv2d``.
     """
 
     taps: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.backend: Backend = "auto"
         self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
         nn.init.normal_(self.weight, std=0.01)
         steps = torch.arange(-1.0, 2.0)
         self.register_buffer("taps", torch.cartesian_prod(steps, steps).view(1, 2 * POINTS, 1, 1), persistent=False)
 
     def forward(self, x: Tensor, points: Tensor) -> Tensor:
-        return modulated_deform_conv2d(x, points - self.taps, None, self.weight, padding=1)
+        return modulated_deform_conv2d(x, points - self.taps, None, self.weight, padding=1, backend=self.backend)
 
 
 class RepPointsHead(nn.Module):

@@ -150,7 +150,7 @@ def test_features_are_read_at_the_points() -> None:
 
 
 def test_outputs_and_gradients_are_those_with_torchvisions_operator(monkeypatch) -> None:
-    def reference(x, offset, mask, weight, padding):
+    def reference(x, offset, mask, weight, padding, backend):
         return deform_conv2d(x, offset, weight, padding=padding, mask=mask)
 
     results = []

@@ -87,14 +87,13 @@ GOALS = (
         9.0,
         True,
     ),
-    Goal(
-        "RepPoints, which has its own deformable convolutions: torchvision's operator over ours",
-        "detector",
-        "^reppoints.*inference$",
-        "torchvision op",
-        "ours",
-        3.0,
-        True,
+    *(
+        Goal(f"{text}: torchvision's operator over ours", "detector", case, "torchvision op", "ours", 3.0, True)
+        for text, case in (
+            ("RepPoints, two deformable convolutions in its own head, training step", "^reppoints_resnet50 .*step$"),
+            ("RepPoints with six DyHead blocks, inference", "^reppoints_resnet50_dyhead6 .*inference$"),
+            ("RepPoints without them, inference", "^reppoints_resnet50 .*inference$"),
+        )
     ),
     Goal(
         "two-stage detectors, fused, over torchvision's with the same weights",

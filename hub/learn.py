@@ -62,7 +62,6 @@ BY_HEART = SMALL.replace(
     ema_decay=0.0,
     amp="none",
     size=256,
-    test_size=256,
     scale_min=1.0,
     scale_max=1.0,
     mosaic=0.0,
@@ -114,7 +113,7 @@ def learn(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         annotations = val_annotations = pick_photos(args.annotations, args.photos, 24, "mask" in name, file)
         val_images = args.images
     config = (BY_HEART if args.photos else SMALL).replace(seed=seed, **dict(args.set))
-    config = config.replace(eval_every=config.epochs)
+    config = config.replace(eval_every=config.epochs, test_size=config.size if args.photos else config.test_size)
     torch.manual_seed(seed)
     detector = create_detector(
         name,

@@ -134,7 +134,7 @@ class MaskHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.convs(x.to(self.logits.weight.dtype))
-        return self.logits(F.relu(self.upsample(x)))
+        return self.logits(self.upsample(x).relu_())
 
 
 def _kaiming(module: nn.Module) -> None:

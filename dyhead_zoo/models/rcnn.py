@@ -29,6 +29,7 @@ from dyhead_zoo.weights import ClassRows
 
 BOX_SIZE, MASK_SIZE = 7, 28
 """Cells a side of what the box head reads and of what the mask head draws."""
+_MASK_REGIONS = 32  # that the mask head draws at a time
 
 
 class RCNNOutput(NamedTuple):
@@ -403,7 +404,9 @@ class RCNNHead(nn.Module):
     def mask_logits(self, features: Sequence[Tensor], boxes: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Logits (S, R, M, M) of each of S mask heads, for boxes (N_i, 4) of each picture and their labels (R,)."""
         pooled = self.pooler(features, as_rois(boxes), MASK_SIZE // 2)
-        return torch.stack([self._of_class(head(pooled), labels) for head in self.mask])
+        # a few regions at a time: maps of all classes are large, and but one of each region is kept
+        parts = list(zip(pooled.split(_MASK_REGIONS), labels.split(_MASK_REGIONS), strict=True))
+        return torch.stack([torch.cat([self._of_class(head(x), k) for x, k in parts]) for head in self.mask])
 
 
 def _rows_in_use(found: DetectionTensors) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dyhead_zoo import cli
 from dyhead_zoo.data.coco import CocoDataset
 from dyhead_zoo.data.images import read_image
 from dyhead_zoo.data.transforms import SmallDataTrain
@@ -43,8 +44,18 @@ def test_data_of_the_users_own(tmp_path: Path) -> None:
     images, annotations = small_coco(tmp_path, count=7)
     case = next(data_cases(["test_atss"], count=4, images=images, annotations=annotations))
     assert "4 files of images" in case.name
+
+
+def test_faults_are_told_before_anything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="give both"):
-        next(data_cases(["test_atss"], images=images))
+        data_cases(["test_atss"], images=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"none.json"):
+        data_cases(["test_atss"], images=tmp_path, annotations=tmp_path / "none.json")
+    with pytest.raises(ValueError, match="pictures of 9x7: use --size of at least 8 pixels"):
+        data_cases(["test_atss"], size=(9, 7))
+    assert cli.main(["benchmark", "data", "test_ats"]) == 2
+    captured = capsys.readouterr()
+    assert "Did you mean test_atss" in captured.err and not captured.out
 
 
 def test_augmentation_alone_makes_the_very_batches(tmp_path: Path) -> None:

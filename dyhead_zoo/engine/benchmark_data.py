@@ -41,6 +41,8 @@ PICTURE = (480, 640)
 DETECTORS = ("atss_lite0_dyhead2", "atss_resnet50_dyhead6")
 """Whose input protocols the evaluation recipe is measured with: longer side 384 pixels, and 800 / 1333."""
 CLASSES = 80
+SMALLEST = 8
+"""Side in pixels of the smallest synthetic object."""
 
 
 def data_cases(
@@ -63,24 +65,33 @@ def data_cases(
         images, annotations: a COCO-format data set to use instead of synthetic JPEGs.
 
     Raises:
-        ValueError: for one of ``images`` and ``annotations`` without the other, or a faulty file.
+        UnknownDetectorError: for a name that nobody has registered.
+        ValueError: for one of ``images`` and ``annotations`` without the other, a faulty file, or too small a ``size``.
     """
     if (images is None) != (annotations is None):
         raise ValueError("--images and --annotations belong together: give both, or neither for synthetic pictures")
+    cfgs = [get_pretrained_cfg(name) for name in names]  # faults are told now, not when the first case is made
+    if images is None or annotations is None:
+        if min(size) < SMALLEST:
+            raise ValueError(f"pictures of {size[0]}x{size[1]}: use --size of at least {SMALLEST} pixels a side")
+        return _synthetic_cases(cfgs, size, count)
+    dataset = CocoDataset(images, annotations, max_images=count)
+    return _recipes(cfgs, dataset, f"{len(dataset)} files of {images.name}")
+
+
+def _synthetic_cases(cfgs: Sequence[PretrainedCfg], size: tuple[int, int], count: int) -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as folder:
-        if images is None or annotations is None:
-            images, annotations = Path(folder), Path(folder) / "annotations.json"
-            kilobytes = write_pictures(images, annotations, count, size)
-            source = f"{count} JPEGs {size[0]}x{size[1]} of {kilobytes:.0f} kB"
-            dataset = CocoDataset(images, annotations)
-        else:
-            dataset = CocoDataset(images, annotations, max_images=count)
-            source = f"{len(dataset)} files of {images.name}"
-        yield _train_case(f"small recipe: {source}", dataset, SmallDataTrain())
-        yield _train_case(f"standard recipe: {source}", dataset, StandardTrain())
-        for name in names:
-            cfg = get_pretrained_cfg(name)
-            yield _eval_case(f"eval {cfg.short_side}/{cfg.long_side}: {source}", dataset, cfg)
+        images, annotations = Path(folder), Path(folder) / "annotations.json"
+        kilobytes = write_pictures(images, annotations, count, size)
+        source = f"{count} JPEGs {size[0]}x{size[1]} of {kilobytes:.0f} kB"
+        yield from _recipes(cfgs, CocoDataset(images, annotations), source)
+
+
+def _recipes(cfgs: Sequence[PretrainedCfg], dataset: CocoDataset, source: str) -> Iterator[Case]:
+    yield _train_case(f"small recipe: {source}", dataset, SmallDataTrain())
+    yield _train_case(f"standard recipe: {source}", dataset, StandardTrain())
+    for cfg in cfgs:
+        yield _eval_case(f"eval {cfg.short_side}/{cfg.long_side}: {source}", dataset, cfg)
 
 
 def eval_cases(images: int = 500, objects: int = 7, detections: int = 100) -> Iterator[Case]:
@@ -328,5 +339,5 @@ def _content(sizes: Sequence[tuple[int, int]], objects: int, rng: np.random.Gene
 def _boxes(size: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
     """(count, 4) as x, y, width, height, wholly within (height, width), of all sizes alike on a logarithmic scale."""
     limit = np.array([size[1], size[0]])
-    sides = np.exp(rng.uniform(np.log(8), np.log(limit), (count, 2)))
+    sides = np.exp(rng.uniform(np.log(SMALLEST), np.log(limit), (count, 2)))
     return np.concatenate([rng.uniform(0, limit - sides), sides], axis=1)

@@ -70,6 +70,28 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize(("path", "reason"), [("file/rows.csv", "cannot be written"), ("folder", "no regular file")])
+def test_a_path_that_cannot_be_written_is_told_before_measuring(tmp_path: Path, path: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    work: Any = {"a": pytest.fail, "b": pytest.fail}
+    with pytest.raises(OSError, match=f"{path} .*{reason}.*: give another path"):
+        run_benchmark([Case("x", work, (("a", "b"),))], 2, tmp_path / path)
+
+
+def test_the_first_error_is_the_one_that_is_told(tmp_path: Path) -> None:
+    def vanish() -> None:
+        (tmp_path / "new").rmdir()
+        raise KeyboardInterrupt
+
+    work = {"a": lambda: torch.zeros(9), "b": lambda: torch.zeros(9), "vanish": vanish}
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pytest.warns(UserWarning, match=r"known so far were not written: .*rows.csv"),
+    ):
+        run_benchmark([Case("x", work, (("a", "b"), ("a", "vanish")))], 2, tmp_path / "new" / "rows.csv")
+
+
 def test_unknown_benchmarks_are_named() -> None:
     with pytest.raises(ValueError, match="unknown benchmark 'ops': choose op, head"):
         benchmark_cases.cases("ops")

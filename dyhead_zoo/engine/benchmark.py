@@ -8,12 +8,14 @@ which only means something on a quiet machine.
 
 from __future__ import annotations
 
+import contextlib
 import csv as csv_format
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dyhead_zoo.engine.checkpoint import atomic_path, check_writable
 from dyhead_zoo.version import __version__
 
 Contestant = Callable[[], object]
@@ -77,29 +80,54 @@ def run_benchmark(
 
     Raises:
         ValueError: ``reps`` is less than 2, which has no quartiles.
+        OSError: ``csv`` cannot be written.
     """
     if reps < 2:
         raise ValueError(f"reps must be at least 2, got {reps}")
     clock = time.process_time if threads == 1 else time.perf_counter
-    before, rows = torch.get_num_threads(), []
-    torch.set_num_threads(threads)
-    try:
-        print(f"{'case':34s} {'pair':32s} ratio  (quartiles)     times")
-        for case in cases:
-            for subject, baseline in case.pairs:
-                row = _compare(case, subject, baseline, reps, clock)
-                print(
-                    f"{row.case:34s} {row.subject + ' / ' + row.baseline:32s} {row.ratio:5.2f}  "
-                    f"({row.lower:.2f} to {row.upper:.2f})  {row.subject_ms:.1f} / {row.baseline_ms:.1f} ms"
-                    + (f", {1000 * row.images / row.baseline_ms:.1f} images/s" if row.images else ""),
-                    flush=True,
-                )
-                rows.append(row)
-    finally:
-        torch.set_num_threads(before)
+    before = torch.get_num_threads()
+    with kept_rows(csv, threads) as rows:
+        torch.set_num_threads(threads)
+        try:
+            print(f"{'case':34s} {'pair':32s} ratio  (quartiles)     times")
+            for case in cases:
+                for subject, baseline in case.pairs:
+                    rows.append(row := _compare(case, subject, baseline, reps, clock))
+                    print(
+                        f"{row.case:34s} {row.subject + ' / ' + row.baseline:32s} {row.ratio:5.2f}  "
+                        f"({row.lower:.2f} to {row.upper:.2f})  {row.subject_ms:.1f} / {row.baseline_ms:.1f} ms"
+                        + (f", {1000 * row.images / row.baseline_ms:.1f} images/s" if row.images else ""),
+                        flush=True,
+                    )
+        finally:
+            torch.set_num_threads(before)
+    return rows
+
+
+@contextlib.contextmanager
+def kept_rows(csv: str | os.PathLike[str] | None, threads: int) -> Iterator[list[Any]]:
+    """A list for the rows that the block measures, written to ``csv`` at its end, however it ends.
+
+    Raises:
+        OSError: ``csv`` cannot be written: before the block runs, where that can be told.
+    """
+    rows: list[Any] = []
+
+    def keep() -> None:
         if csv is not None and rows:
             write_csv(rows, csv, threads)
-    return rows
+
+    if csv is not None:
+        check_writable(Path(csv))
+    try:
+        yield rows
+    except BaseException:
+        try:
+            keep()
+        except OSError as error:  # the reason for which the block ended matters more
+            warnings.warn(f"the figures known so far were not written: {error}", stacklevel=2)
+        raise
+    keep()
 
 
 def _compare(case: Case, subject: str, baseline: str, reps: int, clock: Callable[[], float]) -> BenchmarkRow:
@@ -122,8 +150,7 @@ def write_csv(rows: Sequence[Any], path: str | os.PathLike[str], threads: int) -
     versions = {"dyhead_zoo": __version__, "torch": torch.__version__}
     versions |= {name: _version(name) for name in ("torchvision", "timm", *OTHERS)}
     records = [asdict(row) | {"machine": _machine(), "threads": threads} | versions for row in rows]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("w", newline="") as file:
+    with atomic_path(Path(path)) as temporary, temporary.open("w", newline="") as file:
         writer = csv_format.DictWriter(file, list(records[0]))
         writer.writeheader()
         writer.writerows(records)

@@ -24,7 +24,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 
-from dyhead_zoo.engine.benchmark import Contestant, write_csv
+from dyhead_zoo.engine.benchmark import Contestant, kept_rows
 from dyhead_zoo.engine.benchmark_parts import (
     detector_step,
     forward,
@@ -113,27 +113,22 @@ def run_memory_benchmark(
 
     Raises:
         ValueError: ``reps`` is less than 2, which has no quartiles.
-        OSError: the system is not Linux, or killed a process.
+        OSError: ``csv`` cannot be written, or the system is not Linux, or killed a process.
     """
     if reps < 2:
         raise ValueError(f"reps must be at least 2, got {reps}")
     if not _CLEAR.exists():
         raise OSError("peak memory is read from /proc/self, which only Linux has: measure it there")
-    rows: list[MemoryRow] = []
-    try:
+    with kept_rows(csv, threads) as rows:
         print(f"{'case':40s} {'contestant':20s} peak over the inputs (quartiles), MB of 2**20 bytes")
         for case in cases:
             for contestant in case.contestants:
-                row = _measure(case, contestant, reps, threads)
+                rows.append(row := _measure(case, contestant, reps, threads))
                 print(
                     f"{row.case:40s} {row.contestant:20s} {row.extra_mb:.1f} ({row.lower:.1f} to {row.upper:.1f}), "
                     f"the process {row.process_mb:.0f}",
                     flush=True,
                 )
-                rows.append(row)
-    finally:
-        if csv is not None and rows:
-            write_csv(rows, csv, threads)
     return rows
 
 

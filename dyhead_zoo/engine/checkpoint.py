@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,6 +45,22 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file that is to be written after long work; tell now what would lose that work.
+
+    Raises:
+        OSError: the path cannot be written, or is that of a folder or device.
+    """
+    advice = "give another path for it"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}): {advice}") from error
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file: {advice}")
 
 
 def save_state(directory: Path, state: Mapping[str, Any], *, step: int, keep: int = 2) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,15 +184,31 @@ def test_settings_reach_every_deformable_convolution() -> None:
     assert len(backends) == 5 and set(backends) == {"torchvision"}
 
 
-def test_torchvisions_detectors_find_the_same() -> None:
-    for case in benchmark_torchvision.torchvision_cases((64, 96)):
-        found = outputs(case)
-        (theirs,) = found["torchvision"]
-        for ours in (found["ours"], found["ours fused"]):
-            assert len(ours) == len(theirs["scores"]) > 20
-            same = (ours.scores - theirs["scores"]).abs() < 1e-3
-            assert same.float().mean() > 0.9  # rounding may save or suppress a few boxes
-        assert (ours.masks is not None) == ("masks" in theirs) == ("mask" in case.name)
+@pytest.mark.parametrize("name", benchmark_torchvision.BUILDERS)
+def test_torchvisions_detectors_find_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = 25  # masks take their time
+    build = partial(benchmark_torchvision.BUILDERS[name], box_detections_per_img=few)
+    monkeypatch.setattr(benchmark_torchvision, "BUILDERS", {name: build})
+    monkeypatch.setattr(benchmark_torchvision, "create_detector", partial(create_detector, max_detections=few))
+    (case,) = benchmark_torchvision.torchvision_cases((64, 96))
+    found = outputs(case)
+    (theirs,) = found["torchvision"]
+    for ours in (found["ours"], found["ours fused"]):
+        assert len(ours) == len(theirs["scores"]) > 20
+        same = (ours.scores - theirs["scores"]).abs() < 1e-3
+        assert same.float().mean() > 0.9  # rounding may save or suppress a few boxes
+    assert (ours.masks is not None) == ("masks" in theirs) == ("mask" in case.name)
+
+
+@torch.no_grad()
+def test_random_weights_spread_as_trained_ones_do() -> None:
+    name, size = next(iter(benchmark_torchvision.BUILDERS)), (64, 96)
+    theirs: Any = benchmark_torchvision.same_weights(name, size)[0]
+    levels = theirs.backbone(torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))).values()
+    objectness, deltas = theirs.rpn.head(list(levels))
+    for ordinary, tensors in ((1, levels), (1, objectness), (0.25, deltas)):
+        spread = [float(x.std() / ordinary) for x in tensors if x.numel() > 50]
+        assert len(spread) >= 3 and all(0.4 < s < 2.5 for s in spread)
 
 
 def test_photo_cases(tmp_path: Path) -> None:

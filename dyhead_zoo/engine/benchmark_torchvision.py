@@ -73,14 +73,18 @@ def same_weights(name: str, size: tuple[int, int]) -> tuple[nn.Module, Detector]
 
 @torch.no_grad()
 def _spread(detector: Any, pictures: Tensor) -> None:
-    """Scale the weights of a detector of torchvision's: features, objectness, scores and deltas of ordinary size."""
+    """Scale the weights of a detector of torchvision's: features, objectness, scores and deltas of ordinary size.
+
+    Every level of the pyramid has a convolution of its own, scaled by its own features; what follows is shared.
+    """
     height, width = pictures.shape[2:]
-    for layer in detector.backbone.fpn.layer_blocks:
-        layer[0].weight.div_(detector.backbone(pictures)["0"].std())
+    levels = detector.backbone(pictures).values()  # and one more, made from the last
+    for layer, level in zip(detector.backbone.fpn.layer_blocks, levels, strict=False):
+        layer[0].weight.div_(level.std())
     features = detector.backbone(pictures)
-    objectness, deltas = detector.rpn.head(list(features.values()))
-    detector.rpn.head.cls_logits.weight.div_(objectness[0].std())
-    detector.rpn.head.bbox_pred.weight.div_(4 * deltas[0].std())
+    objectness, deltas = (torch.cat([x.flatten() for x in each]) for each in detector.rpn.head(list(features.values())))
+    detector.rpn.head.cls_logits.weight.div_(objectness.std())
+    detector.rpn.head.bbox_pred.weight.div_(4 * deltas.std())
     heads = detector.roi_heads
     corners = torch.rand(60, 2) * torch.tensor([0.75 * width, 0.75 * height])
     regions = torch.cat((corners, corners + torch.tensor([0.2 * width, 0.2 * height])), dim=1)

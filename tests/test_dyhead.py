@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dyhead_zoo import create_detector
 from dyhead_zoo.layers.dyhead import DyHead, DyHeadBlock, ScaleAttention, SpatialAttention, TaskAttention
 
 SIZES = [(13, 9), (7, 5), (4, 3)]
@@ -135,3 +136,30 @@ def test_trace_is_empty_where_an_attention_is_off():
 def test_wrong_sizes_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         DyHead(**{"in_channels": 16, **arguments})
+
+
+@pytest.mark.parametrize("sizes", [[(8, 8), (8, 8)], [(9, 8), (4, 4)], [(32, 32), (8, 8)], [(8, 8), (4, 4), (2, 3)]])
+@pytest.mark.parametrize("spatial", [True, False])
+def test_levels_that_do_not_halve_are_named(sizes, spatial):
+    shown = ", ".join(f"{h} x {w}" for h, w in sizes)
+    with pytest.raises(ValueError, match=f"levels of {shown}: .*use strides that double, or formulation='paper'"):
+        DyHead(16, num_blocks=1, spatial=spatial)([torch.zeros(1, 16, *size) for size in sizes])
+
+
+@pytest.mark.parametrize("name", ["test_atss_dyhead1", "test_deformable_detr_dyhead1"])
+def test_strides_that_do_not_double_are_named(name):
+    with pytest.raises(ValueError, match=r"strides \(8, 32, .*use strides that double .*, or formulation='paper'"):
+        create_detector(name, strides=(8, 32))
+    create_detector(name, strides=(8, 32), formulation="paper").eval()(torch.zeros(1, 3, 64, 96))
+
+
+@pytest.mark.parametrize("spatial", [True, False])
+def test_one_value_a_group_is_no_reason_to_stop(spatial):
+    """16 channels, one image and a level of one cell: what is normalised is zero, so the norm gives its bias."""
+    head = shaken(DyHead(16, num_blocks=1, spatial=spatial)).double()
+    features = [torch.randn(2, 16, *size).double() for size in [(2, 2), (1, 1)]]
+    together = head(features)
+    alone = head([x[:1] for x in features])
+    sum(x.sum() for x in alone).backward()
+    assert all(torch.allclose(a, t[:1], atol=1e-10) for a, t in zip(alone, together, strict=True))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())

@@ -130,6 +130,13 @@ class DeformConv3x3(nn.Module):
         )
 
 
+class _GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` without its refusal of a single image whose groups hold one value each; of two it takes them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class SpatialAttention(nn.Module):
     """Where to look, pi_S: modulated deformable convolutions on a level and on its two neighbours.
 
@@ -150,7 +157,8 @@ class SpatialAttention(nn.Module):
       map (masks likewise), so that channels and positions are mixed (microsoft/DynamicHead issue 25).
     * ``'aligned'``: offsets and masks are average-pooled to (h, w); one unit stays one pixel of the map sampled.
 
-    Shapes: L x (B, C, H_l, W_l) -> for each level its 1 to 3 branches, each (B, C_out, H_l, W_l).
+    Shapes: L x (B, C, H_l, W_l) -> for each level its 1 to 3 branches, each (B, C_out, H_l, W_l). Sides halve from one
+    level to the next, rounded up; only then does the low branch have the size of its level.
     """
 
     def __init__(
@@ -177,7 +185,7 @@ class SpatialAttention(nn.Module):
                 else nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
             )
             self.add_module(f"conv_{branch}", conv)
-            self.add_module(f"norm_{branch}", nn.GroupNorm(_GROUPS, out_channels))
+            self.add_module(f"norm_{branch}", _GroupNorm(_GROUPS, out_channels))
 
     def _coarse(self, field: Tensor, size: tuple[int, int]) -> Tensor:
         """Offsets or masks (B, K, H, W) of a level for its coarser neighbour of ``size``: (B, K, h, w)."""
@@ -326,7 +334,17 @@ class DyHead(nn.Module):
         )
 
     def forward(self, features: list[Tensor], trace: Trace | None = None) -> list[Tensor]:
-        """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse; see ``BlockAttention`` for ``trace``."""
+        """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse; see ``BlockAttention`` for ``trace``.
+
+        Raises:
+            ValueError: for sides that do not halve from one level to the next, rounded up.
+        """
+        sizes = [(x.shape[-2], x.shape[-1]) for x in features]
+        if sizes != [*sizes[:1], *(((h - 1) // 2 + 1, (w - 1) // 2 + 1) for h, w in sizes[:-1])]:
+            raise ValueError(
+                f"DyHead on levels of {', '.join(f'{h} x {w}' for h, w in sizes)}: sides must halve from one to the "
+                "next, rounded up; use strides that double, or formulation='paper', which takes any"
+            )
         blocks = [cast(DyHeadBlock, block) for block in self.blocks]
         if self.fused and trace is None and dyhead_inference.applies(blocks, features):
             return dyhead_inference.forward(blocks, features)

@@ -7,6 +7,7 @@ convolutions as in RetinaNet, arXiv:1708.02002.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch.nn.functional as F
@@ -127,7 +128,7 @@ class DyHeadNeck(nn.Module):
 
 def build_dyhead(
     channels: int,
-    num_levels: int,
+    strides: Sequence[int],
     num_blocks: int,
     *,
     scale: bool,
@@ -140,7 +141,8 @@ def build_dyhead(
     """DyHead in the released or in the paper's formulation; None for no blocks.
 
     Raises:
-        ValueError: for another ``formulation``, or more than ``MAX_BLOCKS`` blocks.
+        ValueError: for another ``formulation``, more than ``MAX_BLOCKS`` blocks, or strides that do not double, which
+            only the paper's formulation takes.
     """
     if formulation not in ("released", "paper"):
         raise ValueError(f"formulation={formulation!r}: use 'released' (published weights) or 'paper'")
@@ -149,7 +151,12 @@ def build_dyhead(
     if not num_blocks:
         return None
     if formulation == "paper":
-        return PaperDyHead(channels, num_levels, num_blocks, scale=scale, spatial=spatial, task=task)
+        return PaperDyHead(channels, len(strides), num_blocks, scale=scale, spatial=spatial, task=task)
+    if any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
+        raise ValueError(
+            f"DyHead on levels of strides {tuple(strides)}: use strides that double from one level to the next, or "
+            "formulation='paper', which takes any"
+        )
     return DyHead(
         channels,
         num_blocks=num_blocks,
@@ -200,7 +207,7 @@ class Neck(DyHeadNeck):
         )
         self.dyhead = build_dyhead(
             channels,
-            len(self.strides),
+            self.strides,
             dyhead,
             scale=scale,
             spatial=spatial,

@@ -60,7 +60,7 @@ class ProjectionNeck(DyHeadNeck):
         self.proj.extend(conv(channels if i else in_channels[-1], 3, 2) for i in range(num_extra))
         self.dyhead = build_dyhead(
             channels,
-            len(self.strides),
+            self.strides,
             dyhead,
             scale=scale,
             spatial=spatial,

@@ -131,6 +131,19 @@ def test_data_without_objects(tmp_path: Path) -> None:
     assert found.to_dict()["objects"] == 0 and "0 objects" in found.summary()
 
 
+def test_levels_that_no_object_is_on_show_a_dash(tmp_path: Path) -> None:
+    rows = [line.split() for line in of_one_picture(tmp_path, [[10, 10, 20, 20]]).summary().splitlines()]
+    levels = [row[2:] for row in rows if row and row[0] in ("8", "16", "128")]
+    assert levels == [["9", "100.0%", "1", "9.0", "2.5", "2.5", "2.5"], *[["0", "0.0%", "0", "-", "-"]] * 2]
+
+
+@pytest.mark.parametrize("name", ["test_fcos", "test_cascade_rcnn", "test_deformable_detr"])
+def test_without_objects_there_are_no_sides(tmp_path: Path, name: str) -> None:
+    found = of_one_picture(tmp_path, [], name)
+    assert "0.0 0.0 0.0" not in found.summary() and " -" in found.summary()
+    assert json.loads(json.dumps(found.to_dict()))["levels"][0]["sides_in_strides"]["median"] is None
+
+
 # --- two-stage detectors ----------------------------------------------------------------------------------------------
 
 

@@ -196,7 +196,7 @@ class Explanation:
             "share_of_positives": int(positives.sum()) / max(int(self.objects.positives.sum()), 1),
             **weak,
             "objects": int(learned.sum()),
-            "positives_per_object": float(positives[learned].float().mean()) if learned.any() else 0.0,
+            "positives_per_object": float(positives[learned].float().mean()) if learned.any() else None,
             "sides_in_strides": quantiles(sides[learned]),
         }
 
@@ -375,10 +375,10 @@ def _share(chosen: Tensor) -> float:
     return float(chosen.float().mean()) if len(chosen) else 0.0
 
 
-def quantiles(values: Tensor) -> dict[str, float]:
-    """10 %, 50 % and 90 % of some numbers; zeros if there are none."""
+def quantiles(values: Tensor) -> dict[str, float | None]:
+    """10 %, 50 % and 90 % of some numbers; None if there are none."""
     names = ("low", "median", "high")
     if not len(values):
-        return dict.fromkeys(names, 0.0)
+        return dict.fromkeys(names)
     ordered = values.sort().values
     return {n: float(ordered[round(q * (len(values) - 1))]) for n, q in zip(names, (0.1, 0.5, 0.9), strict=True)}

@@ -66,7 +66,7 @@ def _level(row: dict[str, Any]) -> dict[str, str]:
     if "positives" in row:
         cells |= {"positives": f"{row['positives']}", "share": f"{row['share_of_positives']:.1%}"}
         cells |= {"weak": f"{row['weak_positives']}"} if "weak_positives" in row else {}
-        cells |= {"objects": f"{row['objects']}", "positives/object": f"{row['positives_per_object']:.1f}"}
+        cells |= {"objects": f"{row['objects']}", "positives/object": _number(row["positives_per_object"], ".1f")}
     cells |= {"side in strides (10% 50% 90%)": _three(row["sides_in_strides"])}
     if "objects_under_a_stride" in row:
         cells |= {"objects under a stride": f"{row['objects_under_a_stride']} ({row['share_under_a_stride']:.1%})"}
@@ -88,7 +88,7 @@ def _regions(data: dict[str, Any]) -> Iterator[str]:
     iou = data["best_anchor_iou"]
     yield (
         "if the anchors, clipped to the picture, were the proposals (best IoU of an object with one: median "
-        f"{iou['median']:.2f}, a tenth has at most {iou['low']:.2f}), the stages would take for objects\n"
+        f"{_number(iou['median'], '.2f')}, a tenth has at most {_number(iou['low'], '.2f')}), the stages would take for objects\n"
     ) + _table(
         [
             {
@@ -130,11 +130,19 @@ def _part(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _spread(data: dict[str, Any]) -> str:
-    return f"median {data['median']:g}, a tenth has at most {data['low']:g}, a tenth at least {data['high']:g}"
+    low, median, high = (_number(data[name], "g") for name in ("low", "median", "high"))
+    return f"median {median}, a tenth has at most {low}, a tenth at least {high}"
 
 
-def _three(data: dict[str, float], digits: int = 1) -> str:
+def _three(data: dict[str, float | None], digits: int = 1) -> str:
+    if data["median"] is None:
+        return "-"
     return " ".join(f"{data[name]:.{digits}f}" for name in ("low", "median", "high"))
+
+
+def _number(value: float | None, form: str) -> str:
+    """A dash where nothing was measured, such as a mean over no objects."""
+    return "-" if value is None else format(value, form)
 
 
 def _ends(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -650,6 +650,20 @@ def test_rates_of_nested_parts_multiply():
     }
 
 
+def test_parameters_that_a_module_owns_itself_are_parts_too():
+    class Owner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lr_scales = {"own": 0.1}
+            self.own, self.owned = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+
+    owner = Owner()
+    for module in (owner, torch.nn.Sequential(owner)):
+        groups = {g["name"]: g for g in param_groups(module, lr=2.0, weight_decay=0.1)}
+        assert groups.keys() == {"new", "new_x0.1"} and groups["new_x0.1"]["lr"] == pytest.approx(0.2)
+        assert groups["new_x0.1"]["params"][0] is owner.own and groups["new"]["params"][0] is owner.owned
+
+
 def test_position_tables_are_not_decayed():
     detector = create_detector("atss_swin_dyhead1", class_names=NAMES)
     groups = param_groups(detector, lr=1.0, weight_decay=0.1)

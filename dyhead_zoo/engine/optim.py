@@ -22,8 +22,9 @@ def param_groups(
 
     The pretrained body (``backbone.body.*``) learns at ``lr * backbone_lr_scale``; everything else is new and learns at
     ``lr``, or at the share of it that the module which owns a part states in its ``lr_scales``, a mapping such as
-    ``{"sampling_offsets": 0.1}`` from the names of parts to factors. Biases, vectors (norm weights, per-level scales)
-    and what the body itself lists in timm's ``no_weight_decay()`` are not decayed unless ``decay_norm_bias``.
+    ``{"sampling_offsets": 0.1}`` from the names of parts (modules or parameters) to factors. Biases, vectors (norm
+    weights, per-level scales) and what the body itself lists in timm's ``no_weight_decay()`` are not decayed unless
+    ``decay_norm_bias``.
 
     Args:
         detector: any module whose parameter names follow the contract of ``Detector``.
@@ -47,7 +48,7 @@ def param_groups(
         in_body = name.startswith(BODY)
         plain = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
         decay = weight_decay if decay_norm_bias or not plain else 0.0
-        scale = math.prod(scale for part, scale in scales.items() if name.startswith(f"{part}."))
+        scale = math.prod(scale for part, scale in scales.items() if f"{name}.".startswith(f"{part}."))
         key = f"{'body' if in_body else 'new'}{'' if decay else '_no_decay'}{'' if scale == 1 else f'_x{scale:g}'}"
         rate = scale * (lr * backbone_lr_scale if in_body else lr)
         fresh = {"name": key, "params": [], "lr": rate, "peak_lr": rate, "weight_decay": decay}

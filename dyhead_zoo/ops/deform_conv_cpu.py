@@ -6,7 +6,7 @@
 2. *Sampling.* A weighted sum of a few rows of a table is what ``embedding_bag`` computes, with a vectorised kernel on
    the CPU: 4 multiply-adds for each sampled value, where step 3 does O of them.
 3. *Contraction.* The samples, (pixels, K·C), are multiplied by the weight matrix: the multiply-adds of a dense
-   convolution. Steps 2 and 3 take a few hundred pixels at a time, so that the samples stay in the cache and never exist
+   convolution. Steps 2 and 3 take a thousand pixels at a time, so that the samples stay in the cache and never exist
    as a whole; the backward pass takes them again instead of keeping them.
 
 Groups and offset groups are done one by one.
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ Linear = Callable[[Tensor, Tensor | None], Tensor]
 
 INT32_LIMIT = 2**31
 _PACKING_PAYS = 10**9  # multiply-adds from which on packing the matrix costs less than it saves
-_CHUNK_PIXELS = 512  # per matrix product: samples small enough for the cache; twice as many for several threads
+_CHUNK_PIXELS = 1024  # per matrix product: samples small enough for the cache
 _PLAN_PIXELS = 4096  # of a plan made at a time: its intermediate results stay in the cache
 
 
@@ -98,9 +98,39 @@ def _one_group(
     batch, _, out_h, out_w = offset.shape
     dtype = position_dtype(x.dtype)
     offset, mask = offset.to(dtype), None if mask is None else mask.to(dtype)
-    index, sample_weight = sampling_plan(offset, mask, (x.shape[2], x.shape[3]), geometry)
-    out = _SampleAndContract.apply(as_table(x), index, sample_weight.to(x.dtype), as_matrix(weight), bias)
+    table, matrix, in_size = as_table(x), as_matrix(weight), (x.shape[2], x.shape[3])
+    inputs = (table, offset, mask, matrix, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        index, sample_weight = sampling_plan(offset, mask, in_size, geometry)
+        out = _SampleAndContract.apply(table, index, sample_weight.to(x.dtype), matrix, bias)
+    else:
+        out = _without_gradients(table, offset, mask, in_size, geometry, matrix, bias)
     return out.view(batch, out_h, out_w, -1).permute(0, 3, 1, 2)
+
+
+def _without_gradients(
+    table: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    in_size: Pair,
+    geometry: Geometry,
+    matrix: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """All three steps for a few rows of output pixels at a time, so that the plan never exists as a whole: (P, O)."""
+    pixels = offset[:, 0].numel()
+    out = table.new_empty(pixels, len(matrix))
+    linear = packed_linear(matrix, pixels)
+    entries = (_pixels_of_block(offset), geometry.taps, 4)
+    index_buffer = torch.empty(entries, dtype=torch.int32, device=table.device)
+    weight_buffer = table.new_empty(entries)
+    for block in _blocks(offset, mask):
+        count = block.pixels.stop - block.pixels.start
+        index, weight = index_buffer[:count], weight_buffer[:count]
+        first_row = block.image * in_size[0] * in_size[1]
+        _write_rows(index, weight, block.offset, block.mask, in_size, geometry, first_row, block.top)
+        sample_and_contract(table, index.flatten(), weight.flatten(), matrix, bias, linear, out[block.pixels])
+    return out
 
 
 def position_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -204,15 +234,47 @@ def write_plan(
         weight: (P, K, 4) of any floating dtype, contiguous.
         offset, mask, in_size, geometry, first_row: as for ``sampling_plan``.
     """
+    for block in _blocks(offset, mask):
+        first = first_row + block.image * in_size[0] * in_size[1]
+        _write_rows(
+            index[block.pixels], weight[block.pixels], block.offset, block.mask, in_size, geometry, first, block.top
+        )
+
+
+class _Block(NamedTuple):
+    """A few rows of output pixels of one image.
+
+    Attributes:
+        image: its number.
+        top: the first of the rows.
+        pixels: which of all P output pixels these are.
+        offset, mask: there, (1, 2·K or K, rows, Wo).
+    """
+
+    image: int
+    top: int
+    pixels: slice
+    offset: Tensor
+    mask: Tensor | None
+
+
+def _blocks(offset: Tensor, mask: Tensor | None) -> Iterator[_Block]:
+    """All output pixels, as many at a time as a plan is made for."""
     batch, _, out_h, out_w = offset.shape
-    height = max(1, _PLAN_PIXELS // out_w)
-    index, weight = (plan.view(batch, out_h, out_w, -1, 4) for plan in (index, weight))
+    height = _pixels_of_block(offset) // max(out_w, 1)
     for image in range(batch):
-        first = first_row + image * in_size[0] * in_size[1]
-        for top in range(0, out_h, height):
-            part = (slice(image, image + 1), slice(top, top + height))
-            part_offset, part_mask = offset[part[0], :, part[1]], None if mask is None else mask[part[0], :, part[1]]
-            _write_rows(index[part], weight[part], part_offset, part_mask, in_size, geometry, first, top)
+        for top in range(0, out_h, max(height, 1)):
+            part = (slice(image, image + 1), slice(None), slice(top, top + height))
+            start = (image * out_h + top) * out_w
+            rows = min(height, out_h - top)
+            part_mask = None if mask is None else mask[part]
+            yield _Block(image, top, slice(start, start + rows * out_w), offset[part], part_mask)
+
+
+def _pixels_of_block(offset: Tensor) -> int:
+    """Output pixels of the largest of the ``_blocks``: whole rows of one image."""
+    out_h, out_w = offset.shape[2:]
+    return min(max(_PLAN_PIXELS // max(out_w, 1), 1), out_h) * out_w
 
 
 def _write_rows(
@@ -236,14 +298,15 @@ def _write_rows(
     grid_y, grid_x = _grid((out_h, out_w), geometry, offset, top)
     y0, y1, *rows = _neighbours(offset[..., 0::2] + grid_y, in_size[0])
     x0, x1, *columns = _neighbours(offset[..., 1::2] + grid_x, in_size[1])
-    first_rows = first_row + torch.arange(batch, dtype=torch.int32, device=offset.device) * (in_size[0] * in_size[1])
-    for y in (y0, y1):
-        y.mul_(in_size[1]).add_(first_rows.view(-1, 1, 1, 1))
+    if first_row or batch > 1:
+        images = torch.arange(batch, dtype=torch.int32, device=offset.device).view(-1, 1, 1, 1)
+        for x in (x0, x1):
+            x.add_(images * (in_size[0] * in_size[1]) + first_row)
     weight_y0, weight_y1 = rows[:2] if mask is None else (w * _pixels_first(mask) for w in rows[:2])
     weight_x0, weight_x1 = columns[:2]
     index, weight = (plan.view(*y0.shape, 4) for plan in (index, weight))
     for corner, (row, column) in enumerate(((y0, x0), (y0, x1), (y1, x0), (y1, x1))):
-        torch.add(row, column, out=index[..., corner])
+        torch.add(column, row, alpha=in_size[1], out=index[..., corner])
     pairs = ((weight_y0, weight_x0), (weight_y0, weight_x1), (weight_y1, weight_x0), (weight_y1, weight_x1))
     for corner, (vertical, horizontal) in enumerate(pairs):
         torch.mul(vertical, horizontal, out=weight[..., corner])
@@ -309,6 +372,7 @@ def sample_and_contract(
     matrix: Tensor,
     bias: Tensor | None,
     linear: Linear | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Steps 2 and 3, out = (samples of the table, (P, K·C)) @ matrix.T + bias, without gradients.
 
@@ -319,6 +383,7 @@ def sample_and_contract(
         matrix: (O, K·C), of the dtype of ``table``.
         bias: (O,) or None.
         linear: ``packed_linear`` of ``matrix``, if that has been made before.
+        out: (P, O), where the result goes; default: a new tensor.
 
     Returns:
         (P, O).
@@ -328,7 +393,7 @@ def sample_and_contract(
     chunk = min(_chunk_pixels(), pixels)
     bag_starts = torch.arange(0, chunk * per_pixel, 4, dtype=torch.int32, device=table.device)
     linear = linear or packed_linear(matrix, pixels)
-    out = table.new_empty(pixels, len(matrix))
+    out = table.new_empty(pixels, len(matrix)) if out is None else out
     for start in range(0, pixels, chunk):
         part = slice(start * per_pixel, (start + chunk) * per_pixel)
         part_index = index[part]
@@ -439,7 +504,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _chunk_pixels() -> int:
     """Pixels of a matrix product: enough to keep every thread busy between two barriers."""
-    return _CHUNK_PIXELS * (1 if torch.get_num_threads() == 1 else 2)
+    return max(_CHUNK_PIXELS, 128 * torch.get_num_threads())
 
 
 def packed_linear(matrix: Tensor, rows: int) -> Linear:

@@ -247,7 +247,7 @@ class Explanation:
 
     def _part(self, chosen: Tensor) -> dict[str, Any]:
         """Figures of some objects (N,) bool."""
-        row = {
+        row: dict[str, Any] = {
             "objects": int(chosen.sum()),
             "share": _share(chosen),
             "side": quantiles(self.objects.sides[chosen])["median"],

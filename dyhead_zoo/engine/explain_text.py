@@ -88,7 +88,8 @@ def _regions(data: dict[str, Any]) -> Iterator[str]:
     iou = data["best_anchor_iou"]
     yield (
         "if the anchors, clipped to the picture, were the proposals (best IoU of an object with one: median "
-        f"{_number(iou['median'], '.2f')}, a tenth has at most {_number(iou['low'], '.2f')}), the stages would take for objects\n"
+        f"{_number(iou['median'], '.2f')}, a tenth has at most {_number(iou['low'], '.2f')}), the stages would take "
+        "for objects\n"
     ) + _table(
         [
             {

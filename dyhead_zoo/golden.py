@@ -156,7 +156,10 @@ def read_golden(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileNotFoundError: if there is none.
         CheckpointError: if it is damaged or holds something else.
     """
-    golden, made_with = read_state_dict(path)
+    try:
+        golden, made_with = read_state_dict(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no golden tensors at {path}: save_for_hub and push write them") from error
     try:
         _check(golden)
     except ValueError as error:
@@ -336,8 +339,7 @@ def _compare(name: str, golden: Mapping[str, Tensor], actual: Mapping[str, Tenso
     """One tensor, or the detections of one picture."""
     first = f"{name}.{_parts(name)[0]}"
     if first not in golden or first not in actual:
-        where = "the golden tensors" if first not in golden else "what the detector gives"
-        return Deviation(name, math.inf, math.inf, f"is missing from {where}")
+        return Deviation(name, math.inf, math.inf, f"is missing from {_where_missing(first not in golden)}")
     if name.startswith("detections."):
         return _compare_detections(name, _detections(name, golden), _detections(name, actual))
     wanted, found = ([side[f"{name}.{part}"] for part in _PARTS] for side in (golden, actual))
@@ -352,6 +354,15 @@ def _compare(name: str, golden: Mapping[str, Tensor], actual: Mapping[str, Tenso
     return Deviation(name, absolute, relative, note)
 
 
+def _where_missing(in_golden: bool) -> str:
+    if not in_golden:
+        return "what the detector gives"
+    return (  # unverified is not verified, so nothing is skipped
+        "the golden tensors, as from files of older versions: if the weights are known to be right, make new ones by "
+        "dyhead_zoo.golden.write_golden(detector, FOLDER)"
+    )
+
+
 def _detections(name: str, side: Mapping[str, Tensor]) -> Detections:
     boxes, scores, labels = (side[f"{name}.{part}"] for part in _DETECTION_PARTS)
     return Detections(boxes, scores, labels, side.get(f"{name}.masks"))
@@ -360,8 +371,8 @@ def _detections(name: str, side: Mapping[str, Tensor]) -> Detections:
 def _compare_detections(name: str, wanted: Detections, found: Detections) -> Deviation:
     """Match by label, score, overlap and mask, since rounding may change the order; masks are samples (N, cells)."""
     if (wanted.masks is None) != (found.masks is None):
-        where = "the golden tensors" if wanted.masks is None else "what the detector gives"
-        return Deviation(name, math.inf, math.inf, f"its masks are missing from {where}")
+        missing = _where_missing(wanted.masks is None)
+        return Deviation(name, math.inf, math.inf, f"its masks are missing from {missing}")
     overlap = box_iou(wanted.boxes, found.boxes)
     overlap[wanted.labels[:, None] != found.labels] = 0
     overlap[(wanted.scores[:, None] - found.scores).abs() > MAX_SCORE_CHANGE] = 0

@@ -105,10 +105,29 @@ def convert_state_dict(tensors: Mapping[str, Tensor], source: str = "auto") -> t
         CheckpointError: for keys of no known layout, or that its converter does not know.
         ValueError: for an unknown ``source``.
     """
-    layout = detect_source(tensors) if source == "auto" else source
-    if layout not in _CONVERTERS:
+    if source != "auto" and source not in _CONVERTERS:
         raise ValueError(f"source={source!r}: expected auto, {', '.join(_CONVERTERS)}")
-    return layout, _CONVERTERS[layout](tensors)
+    bare, counters = _without_wrapper(tensors)
+    layout = detect_source(bare) if source == "auto" else source
+    conversion = _CONVERTERS[layout](bare)
+    conversion.dropped |= dict.fromkeys(counters, "counts the steps of a running mean of the weights")
+    return layout, conversion
+
+
+def _without_wrapper(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors as if saved from the detector itself, not from a module that has it as ``module`` or ``model``.
+
+    Such are DistributedDataParallel, running means of the weights, which count their steps, and Lightning's modules.
+
+    Returns:
+        The tensors, and the keys of the counters left out.
+    """
+    bare = {key: tensor for key, tensor in tensors.items() if key not in ("n_averaged", "steps")}
+    counters = [key for key in tensors if key not in bare]
+    for prefix in ("model.", "module.", "model."):
+        if all(key.startswith(prefix) for key in bare):
+            bare = {key.removeprefix(prefix): tensor for key, tensor in bare.items()}
+    return bare, counters
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
@@ -273,7 +292,7 @@ def load_checkpoint(
         model: a detector, built for the architecture of the checkpoint.
         checkpoint: a file (see ``read_state_dict``) or a state dict.
         source: ``native``, ``mmdet``, ``detectron2``, ``torchvision``, ``maskrcnn_benchmark``, ``detr``, or ``auto``:
-            told from the keys.
+            told from the keys, which may all begin with the ``module.`` or ``model.`` of a wrapper.
         label_space: of the checkpoint. A record in one of our files comes first; without either, the names in mmdet's
             ``meta``, else the detector's own label space if the number of classes agrees.
         strict: whether missing and unused keys are errors. A wrong shape always is.

@@ -363,7 +363,7 @@ def test_scales_are_stacked_by_level() -> None:
     assert set(stacked) == {"x", "head.scales"}
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "ema", "model_state_dict"])
 def test_wrappers_are_opened(wrapper: str) -> None:
     weight = torch.nn.Parameter(torch.ones(4))
     checkpoint = {wrapper: {"bbox_head.atss_reg.bias": weight}, "meta": {"CLASSES": ("cat",)}, "optimizer": {"lr": 1}}
@@ -371,6 +371,11 @@ def test_wrappers_are_opened(wrapper: str) -> None:
     assert (list(tensors), meta) == (["bbox_head.atss_reg.bias"], {"CLASSES": ("cat",)})
     assert not tensors["bbox_head.atss_reg.bias"].requires_grad
     assert list(convert_mmdet(checkpoint)) == ["head.box_deltas.bias"]
+
+
+def test_of_two_state_dicts_none_is_taken() -> None:
+    with pytest.raises(CheckpointError, match="2 state dicts, 'net', 'ema'"):
+        unwrap({"net": {"x": torch.ones(1)}, "ema": {"x": torch.ones(1)}, "epoch": 3})
 
 
 @pytest.mark.parametrize("content", [{}, {"lr": 0.1}, {"state_dict": {"epoch": 3}}, {"model": {}}, {0: torch.ones(1)}])

@@ -144,9 +144,20 @@ def test_a_wrong_number_of_names() -> None:
         guess(mmdet_retinanet(num_classes=3), class_names=["a", "b"])
 
 
-def test_ddp_prefix_is_no_obstacle() -> None:
-    tensors = {f"module.{key}": value for key, value in mmdet_retinanet(num_classes=3).items()}
-    assert len(guess(tensors).labels) == 3
+@pytest.mark.parametrize("prefix", ["module.", "model.", "model.module.", "module.model."])
+def test_prefixes_of_wrappers_are_no_obstacle(prefix: str) -> None:
+    tensors = {f"{prefix}{key}": value for key, value in mmdet_retinanet(num_classes=3).items()}
+    found = guess(tensors | {"n_averaged": torch.tensor(7)})
+    assert len(found.labels) == 3 and list(found.conversion.dropped) == ["n_averaged"]
+    with pytest.raises(CheckpointError, match="layout not recognised"):
+        guess({f"teacher.{key}": tensor for key, tensor in tensors.items()})
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"mine\.pth is no file"):
+        import_checkpoint(tmp_path / "mine.pth")
+    with pytest.raises(FileNotFoundError, match="is a folder: give a weight file"):
+        import_checkpoint(tmp_path)
 
 
 # --- two-stage detectors ----------------------------------------------------------------------------------------------
@@ -158,6 +169,7 @@ def of_classes(keys: Shapes, number: int) -> dict[str, Tensor]:
         **dict.fromkeys(("fc_cls", "cls_score"), number + 1),
         **dict.fromkeys(("fc_reg", "bbox_pred"), 4 * number),
         **dict.fromkeys(("conv_logits", "mask_head.predictor", "cls_branches.{i}"), number),
+        "retina_cls": 9 * number,
     }
     found = {}
     for key, shape in keys.items():
@@ -321,6 +333,7 @@ def test_detr_without_a_classifier() -> None:
 
 
 MANIFESTS = {
+    "retinanet_r50_dyhead": "retinanet_resnet50.mmdet_",  # the nearest name that has published weights
     "faster_rcnn_r50": "faster_rcnn_resnet50.mmdet_3x_coco",
     "faster_rcnn_r50_dyhead": "faster_rcnn_resnet50.mmdet_3x_coco",
     "mask_rcnn_r50": "mask_rcnn_resnet50.mmdet_3x_coco",

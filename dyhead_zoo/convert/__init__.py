@@ -127,15 +127,23 @@ def unwrap(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
 
     Args:
         checkpoint: a state dict, or one inside ``{'state_dict': ..., 'meta': ...}`` (mmengine) or ``{'model': ...}``
-            (detectron2), where the optimizer and other entries are left behind.
+            (detectron2), or under any other name if there is but one (``{'ema': ..., 'epoch': 3}``). The optimizer
+            and other entries are left behind.
 
     Returns:
         The state dict, and ``meta`` where there is one.
 
     Raises:
-        CheckpointError: if neither is to be found, or if something in it is not a tensor.
+        CheckpointError: if there is none, or more than one, or if something in it is not a tensor.
     """
     inner = next((checkpoint[key] for key in ("state_dict", "model") if isinstance(checkpoint.get(key), Mapping)), None)
+    if inner is None:
+        inside = [key for key, value in checkpoint.items() if _is_state_dict(value)]
+        if len(inside) > 1:
+            raise CheckpointError(
+                f"it holds {len(inside)} state dicts, {', '.join(map(repr, inside))}: save the one that is meant alone"
+            )
+        inner = checkpoint[inside[0]] if inside else None
     meta = checkpoint.get("meta") if inner is not None else None
     tensors = dict(checkpoint if inner is None else inner)
     others = [
@@ -149,6 +157,10 @@ def unwrap(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
             f"{listing(others) or '  nothing'}"
         )
     return {key: tensor.detach() for key, tensor in tensors.items()}, dict(meta) if isinstance(meta, Mapping) else {}
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(item, Tensor) for item in value.values())
 
 
 def listing(lines: Iterable[str], limit: int = 20) -> str:

@@ -104,6 +104,8 @@ def import_checkpoint(
         CheckpointError: if it cannot be read, or is of no known detector; the message says which keys do not fit.
         ValueError: for an unknown name, or one of our own files.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is {'a folder' if Path(path).is_dir() else 'no file'}: give a weight file")
     if saved_config(path) is not None:
         raise ValueError(f"{path} was written by dyhead_zoo: create_detector('local-dir:{path}') loads it as it is")
     tensors, metadata = read_state_dict(path)
@@ -133,8 +135,6 @@ def guess(
         CheckpointError, ValueError: see ``import_checkpoint``.
     """
     metadata = metadata or {}
-    if all(key.startswith("module.") for key in tensors):  # saved from within DistributedDataParallel
-        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     source, conversion = convert_state_dict(tensors)
     if source == "native":
         raise CheckpointError(
@@ -225,8 +225,9 @@ def _settings(
         yield wanted, registry.get_pretrained_cfg(wanted)
         return
     tags = _tags_from(source, family) or _tags_from(source, _SIBLINGS.get(family, family))
+    body = ours.partition("_dyhead")[0]
     tags = [tag for tag in tags if tag.partition(".")[0] == ours] or sorted(
-        tags, key=lambda tag: ("_dyhead" in tag) != bool(dyhead)
+        tags, key=lambda tag: (("_dyhead" in tag) != bool(dyhead), not tag.startswith(f"{body}."))
     )
     seen: list[dict[str, Any]] = []
     for tag in tags:

@@ -219,6 +219,11 @@ class Detector(nn.Module):
                 raise ValueError(
                     f"target {i}: boxes that are not finite: {boxes[~boxes.isfinite().all(1)][:3].tolist()}"
                 )
+            if (boxes[:, 2:] < boxes[:, :2]).any():
+                wrong = boxes[(boxes[:, 2:] < boxes[:, :2]).any(1)]
+                raise ValueError(f"target {i}: boxes that end before they begin, expected xyxy: {wrong[:3].tolist()}")
+            if labels.dtype != torch.int64:
+                raise ValueError(f"target {i}: labels of {labels.dtype}, expected torch.int64")
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
                 raise ValueError(f"target {i}: labels {labels.min()}..{labels.max()}, expected 0..{classes - 1}")
             if "masks" in target:

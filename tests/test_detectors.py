@@ -180,6 +180,8 @@ def test_wrong_images_are_named(wrong, message):
         ({"boxes": torch.zeros(2, 4), "labels": torch.tensor([0])}, r"boxes \(2, 4\) and labels \(1,\)"),
         ({"boxes": torch.zeros(4), "labels": torch.tensor([0])}, r"expected \(N, 4\)"),
         ({"boxes": torch.full((1, 4), float("nan")), "labels": torch.tensor([0])}, "not finite"),
+        ({"boxes": torch.tensor([[30.0, 9, 12, 40]]), "labels": torch.tensor([0])}, "end before they begin"),  # xywh
+        ({"boxes": torch.zeros(1, 4), "labels": torch.tensor([0.0])}, "labels of torch.float32"),
     ],
 )
 def test_wrong_targets_are_named(target, message):

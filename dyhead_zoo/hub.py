@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,8 @@ _OF_THE_WEIGHTS = (
 """Files that new weights replace or remove, since they would say something of the old ones."""
 _FILES = (*_OF_THE_WEIGHTS, CARD_FILE, "LICENSE", "NOTICE")
 """All that is pushed and pulled."""
+
+_LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 _NO_SOURCE: dict[str, Any] = {
     **dict.fromkeys(("file", "url", "hf_hub_id", "hf_hub_revision", "sha256", "hash_prefix")),
@@ -96,7 +99,8 @@ def save_for_hub(
         The folder.
 
     Raises:
-        ValueError: for a detector that could not be loaded again, or a record that is none or of another detector.
+        ValueError: for a detector that could not be loaded again, a record that is none or of another detector, or a
+            licence that is no identifier.
         FileExistsError: if the folder holds a ``config.json`` of something else, or is a file.
     """
     folder = Path(folder).absolute()
@@ -126,6 +130,8 @@ def save_for_hub(
 def _config(model: Detector, license: str | None) -> dict[str, Any]:
     cfg = model.pretrained_cfg.replace(**_NO_SOURCE)
     if license is not None:
+        if not _LICENCE_ID.fullmatch(license):
+            raise ValueError(f"license={license!r}: give the Hub's identifier, such as apache-2.0, cc-by-4.0 or other")
         cfg = cfg.replace(license=license)
     config = json.loads(json.dumps({**model.config(), "pretrained_cfg": cfg.to_dict()}))
     try:

@@ -115,6 +115,12 @@ def test_a_saved_record_names_no_place_of_other_weights(folder: Path, tmp_path: 
     assert str(folder) not in (again / "config.json").read_text() and cfg["license"] == "mit"
 
 
+def test_a_licence_is_an_identifier(detector: Detector, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="license='Apache License': give the Hub's identifier, such as apache-2.0"):
+        save_for_hub(detector, tmp_path / "mine", golden=False, license="Apache License")
+    assert not (tmp_path / "mine").exists()
+
+
 def test_saving_again_replaces_what_spoke_of_the_old_weights(detector: Detector, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "mine"
     save_for_hub(detector, target, card="# mine", record=record_of(detector), max_shard_size=40_000)

@@ -21,7 +21,7 @@ from dyhead_zoo.layers.losses import giou_loss, mean_over_ranks, sigmoid_focal_l
 from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
 from dyhead_zoo.layers.targets import Assignment, cells_inside, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
-from dyhead_zoo.models.sources import CAFFE_INPUT, LITE, MMDET, MMDET_URL, SMALL
+from dyhead_zoo.models.sources import CAFFE_ARCH, CAFFE_INPUT, DYHEAD_PAPER, LITE, MMDET, MMDET_URL, SMALL
 from dyhead_zoo.ops.boxes import centerness
 from dyhead_zoo.pretrained import COCO_SUBSET, PretrainedCfg, bundled_record
 from dyhead_zoo.registry import register_detector, register_family
@@ -183,12 +183,12 @@ def atss(name: str, pretrained: bool, user: dict[str, Any], **defaults: Any) -> 
 
 
 _MMDET = MMDET.replace(paper_ids=("arXiv:1912.02424",), arch={"frozen_stages": 1, "norm_eval": True})
-_MMDET_DYHEAD = _MMDET.replace(paper_ids=("arXiv:2106.08322", "arXiv:1912.02424"))
+_MMDET_DYHEAD = _MMDET.replace(paper_ids=(DYHEAD_PAPER, *_MMDET.paper_ids))
 _OFFICIAL = PretrainedCfg(
     source="detectron2",
     license="mit",
     origin_url="https://github.com/microsoft/DynamicHead",
-    paper_ids=("arXiv:2106.08322", "arXiv:1912.02424"),
+    paper_ids=_MMDET_DYHEAD.paper_ids,
     reported_by="microsoft/DynamicHead README, COCO val2017",
     pad_divisor=128,
 )
@@ -200,7 +200,7 @@ _OFFICIAL_ARCH = {
     "extra_relu": True,
     "rank_by_product": True,
 }
-_CAFFE_ARCH = {"caffe": True, "freeze_norm": True}
+_OFFICIAL_CAFFE_ARCH = {**_OFFICIAL_ARCH, "caffe": True, "freeze_norm": True}
 _SMALL = SMALL.replace(paper_ids=_MMDET_DYHEAD.paper_ids)
 _LITE = LITE.replace(
     paper_ids=_MMDET_DYHEAD.paper_ids,
@@ -240,14 +240,14 @@ cfgs = {
         **CAFFE_INPUT,
         antialias=True,
         pad_divisor=128,
-        arch={**_OFFICIAL_ARCH, **_CAFFE_ARCH, "frozen_stages": 1, "extra_relu": False, "rank_by_product": False},
+        arch={**_OFFICIAL_ARCH, **CAFFE_ARCH, "extra_relu": False, "rank_by_product": False},
         reported={"AP": 42.5},
     ),
     "atss_resnet50_dyhead6.official_1x_coco": _OFFICIAL.replace(
         url="https://xiyang.blob.core.windows.net/public/dyhead_r50_atss_fpn_1x.pth",
         mirrors=("https://huggingface.co/fuliucansheng/detectron2/resolve/main/dyhead/atss_r50_model.bin",),
         **CAFFE_INPUT,
-        arch={**_OFFICIAL_ARCH, **_CAFFE_ARCH},
+        arch=_OFFICIAL_CAFFE_ARCH,
         reported={"AP": 42.4},
     ),
     "atss_resnet50_dyhead6.official_mmdet_names_1x_coco": _OFFICIAL.replace(
@@ -256,7 +256,7 @@ cfgs = {
         hash_prefix="4d5fec82",
         description="The official weights with mmdetection's parameter names.",
         **CAFFE_INPUT,
-        arch={**_OFFICIAL_ARCH, **_CAFFE_ARCH},
+        arch=_OFFICIAL_CAFFE_ARCH,
         reported={"AP": 42.3},
         reported_by="mmdetection pull request 6823, COCO val2017",
     ),

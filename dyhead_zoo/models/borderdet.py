@@ -20,7 +20,7 @@ from dyhead_zoo.layers.postprocess import by_place, select_detections, take_rows
 from dyhead_zoo.layers.targets import matched_objects
 from dyhead_zoo.layers.tower import prior_bias
 from dyhead_zoo.models.fcos import FCOSHead, FCOSOutput
-from dyhead_zoo.models.sources import CAFFE_ARCH, CAFFE_INPUT, LITE
+from dyhead_zoo.models.sources import CAFFE_ARCH, CAFFE_INPUT, DYHEAD_PAPER, LITE
 from dyhead_zoo.ops.border_align import border_align
 from dyhead_zoo.ops.boxes import boxes_from_distances
 from dyhead_zoo.pretrained import PretrainedCfg
@@ -233,7 +233,7 @@ def borderdet(name: str, pretrained: bool, user: dict[str, Any], **defaults: Any
 
 
 _CFG = PretrainedCfg(license="apache-2.0", paper_ids=("arXiv:2007.11056",))
-_DYHEAD = _CFG.replace(paper_ids=("arXiv:2106.08322", "arXiv:2007.11056"))
+_DYHEAD = _CFG.replace(paper_ids=(DYHEAD_PAPER, *_CFG.paper_ids))
 _LITE = LITE.replace(
     paper_ids=_DYHEAD.paper_ids,
     arch={"fpn_norm": True, "score_threshold": 0.01},

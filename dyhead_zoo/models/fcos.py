@@ -23,7 +23,7 @@ from dyhead_zoo.layers.losses import giou_loss, iou_loss, mean_over_ranks, sigmo
 from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
 from dyhead_zoo.layers.targets import Assignment, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
-from dyhead_zoo.models.sources import CAFFE_ARCH, LITE, MMDET, MMDET_URL, SMALL, TORCHVISION
+from dyhead_zoo.models.sources import CAFFE_ARCH, CAFFE_INPUT, DYHEAD_PAPER, LITE, MMDET, MMDET_URL, SMALL, TORCHVISION
 from dyhead_zoo.ops.boxes import boxes_from_distances, centerness
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.registry import register_detector, register_family
@@ -221,36 +221,32 @@ def fcos(name: str, pretrained: bool, user: dict[str, Any], **defaults: Any) -> 
 
 _HUB = "https://huggingface.co/tianzhi"
 _PAPERS = ("arXiv:1904.01355", "arXiv:2006.09214")
-_DYHEAD_PAPERS = ("arXiv:2106.08322", *_PAPERS)
-_DETECTRON_MEAN = (102.9801, 115.9465, 122.7717)
-_CAFFE_MEAN = (103.53, 116.28, 123.675)
-_CAFFE_INPUT: dict[str, Any] = {"std": (1.0, 1.0, 1.0), "channel_order": "bgr"}
+_DYHEAD_PAPERS = (DYHEAD_PAPER, *_PAPERS)
+_OLD_CAFFE_INPUT: dict[str, Any] = {**CAFFE_INPUT, "mean": (102.9801, 115.9465, 122.7717)}
 _PLAIN_ARCH = {"distances": "exp", "centerness_on": "cls", "centre_radius": None, "box_loss": "iou"}
 _AUTHORS_ARCH = {**CAFFE_ARCH, "rank_by_product": True, "sqrt_score": True}
 
 _MMDET = MMDET.replace(paper_ids=_PAPERS)
 _MMDET_PLAIN_ARCH = {**_PLAIN_ARCH, "tower_bias": False, "nms_threshold": 0.5}
-_MMDET_PLAIN = _MMDET.replace(mean=_DETECTRON_MEAN, **_CAFFE_INPUT, arch={**CAFFE_ARCH, **_MMDET_PLAIN_ARCH})
+_MMDET_PLAIN = _MMDET.replace(**_OLD_CAFFE_INPUT, arch={**CAFFE_ARCH, **_MMDET_PLAIN_ARCH})
 _AUTHORS = PretrainedCfg(
     license="other",
     limits=("Its authors' code and weights are for non-commercial purposes only.",),
     paper_ids=_PAPERS,
-    **_CAFFE_INPUT,
+    arch=_AUTHORS_ARCH,
+    **CAFFE_INPUT,
 )
 _OFFICIAL = _AUTHORS.replace(
     source="maskrcnn_benchmark",
     origin_url="https://github.com/tianzhi0549/FCOS",
     reported_by="tianzhi0549/FCOS README, COCO minival",
-    mean=_DETECTRON_MEAN,
     rounding="floor",
-    arch=_AUTHORS_ARCH,
+    **_OLD_CAFFE_INPUT,
 )
 _ADELAIDET = _AUTHORS.replace(
     source="detectron2",
     origin_url="https://github.com/aim-uofa/AdelaiDet",
     reported_by="AdelaiDet README, COCO val2017",
-    mean=_CAFFE_MEAN,
-    arch=_AUTHORS_ARCH,
 )
 _SMALL = SMALL.replace(paper_ids=_PAPERS)
 _LITE = LITE.replace(
@@ -285,8 +281,7 @@ cfgs = {
     "fcos_resnet50.mmdet_improved_1x_coco": _MMDET.replace(
         **_mmdet_url("fcos_center-normbbox-centeronreg-giou_r50_caffe_fpn_gn-head_1x_coco", "0a0d75a8"),
         description="With centre sampling, centerness on the regression branch, GIoU and distances in strides.",
-        mean=_CAFFE_MEAN,
-        **_CAFFE_INPUT,
+        **CAFFE_INPUT,
         arch=CAFFE_ARCH,
         reported={"AP": 38.7},
     ),

@@ -66,7 +66,6 @@ def mmdet(
         paper_ids=papers,
         arch={**arch, **(CAFFE_ARCH if "_caffe_" in config else backbone)},
         reported=reported,
-        reported_by="mmdetection's model zoo, COCO val2017",
     )
     if "_caffe_" in config:
         return cfg.replace(**CAFFE_INPUT)

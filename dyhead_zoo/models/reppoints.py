@@ -21,7 +21,7 @@ from dyhead_zoo.layers.losses import mean_over_ranks, sigmoid_focal_loss
 from dyhead_zoo.layers.postprocess import by_place, dense_detections, take_rows
 from dyhead_zoo.layers.targets import Assignment, cells_inside, matched_objects
 from dyhead_zoo.layers.tower import ConvTower, prior_bias
-from dyhead_zoo.models.sources import LITE, MMDET, MMDET_URL, SMALL
+from dyhead_zoo.models.sources import DYHEAD_PAPER, LITE, MMDET, MMDET_URL, SMALL
 from dyhead_zoo.ops import modulated_deform_conv2d
 from dyhead_zoo.ops.deform_conv import Backend
 from dyhead_zoo.pretrained import PretrainedCfg
@@ -283,7 +283,7 @@ def reppoints(name: str, pretrained: bool, user: dict[str, Any], **defaults: Any
 
 
 _PAPERS = ("arXiv:1904.11490",)
-_DYHEAD_PAPERS = ("arXiv:2106.08322", *_PAPERS)
+_DYHEAD_PAPERS = (DYHEAD_PAPER, *_PAPERS)
 _MMDET_ARCH = {"frozen_stages": 1, "norm_eval": True}
 _SMALL = SMALL.replace(paper_ids=_PAPERS)
 _LITE = LITE.replace(

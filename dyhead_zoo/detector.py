@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyhead_zoo.data.label_space import LabelSpace
 from dyhead_zoo.layers.backbone import Backbone
-from dyhead_zoo.layers.dyhead import BlockAttention
+from dyhead_zoo.layers.dyhead import BlockAttention, pack_weights
 from dyhead_zoo.layers.fpn import DyHeadNeck
 from dyhead_zoo.layers.fusion import fuse_batch_norms
 from dyhead_zoo.pretrained import PretrainedCfg
@@ -117,9 +117,10 @@ class Detector(nn.Module):
     def fuse(self) -> Self:
         """Make inference faster: the backbone's BatchNorm goes into its convolutions, memory becomes channels-last.
 
-        In place, like the ``fuse`` of timm's models; a second call does nothing. Results stay the same up to rounding.
-        What was folded cannot be told apart again, so a fused detector cannot be trained or saved: it belongs at the
-        end of what loads the weights. ``copy.deepcopy`` first keeps one that can.
+        DyHead's weights are kept a second time, laid out for products on a CPU. In place, like the ``fuse`` of timm's
+        models; a second call does nothing. Results stay the same up to rounding. What was folded cannot be told apart
+        again, so a fused detector cannot be trained or saved: it belongs at the end of what loads the weights.
+        ``copy.deepcopy`` first keeps one that can.
         """
         self.eval()
         if not self.fused:
@@ -127,7 +128,9 @@ class Detector(nn.Module):
             height, width = backbone.image_size or (64, 64)
             fuse_batch_norms(backbone, self.mean.new_zeros(1, self.in_chans, height, width))
             self.fused = True
-        return self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)
+        pack_weights(self)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Training mode, or with ``mode=False`` evaluation mode.

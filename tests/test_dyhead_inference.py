@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dyhead_zoo.layers import dyhead_inference
-from dyhead_zoo.layers.dyhead import DyHead
+from dyhead_zoo.layers.dyhead import DeformConv3x3, DyHead, pack_weights
 
 
 def head_of(in_channels: int = 16, **arguments: Any) -> DyHead:
@@ -196,3 +197,20 @@ def test_works_without_the_undocumented_operator(monkeypatch: pytest.MonkeyPatch
         assert_fused_is_plain(head_of(), pyramid(), 1e-5)
     finally:
         dyhead_inference._moments_work.cache_clear()
+
+
+def test_packed_weights_give_the_same_until_they_change() -> None:
+    head, features = head_of(), pyramid()
+    convs = [part for part in head.modules() if isinstance(part, DeformConv3x3)]
+    pack_weights(head)
+    assert all(conv.packed is not None for conv in convs)
+    assert_fused_is_plain(head, features, 1e-5)
+    copied = copy.deepcopy(head)
+    assert all(conv.packed is None for conv in copied.modules() if isinstance(conv, DeformConv3x3))
+
+    head.fused = True
+    with torch.no_grad():
+        for conv in convs:
+            conv.weight.mul_(3)
+    assert all(conv.packed is None for conv in convs)
+    assert_fused_is_plain(head, features, 1e-5)

@@ -40,6 +40,7 @@ from dyhead_zoo.engine.benchmark_parts import (
 from dyhead_zoo.engine.benchmark_torchvision import torchvision_cases
 from dyhead_zoo.engine.predict import sample_photo
 from dyhead_zoo.factory import create_detector
+from dyhead_zoo.layers.dyhead import pack_weights
 from dyhead_zoo.ops import modulated_deform_conv2d
 
 MAPS = ((64, 64), (100, 168))
@@ -155,14 +156,16 @@ def head_cases(
         for batch in batches:
             head, features = random_head(blocks, channels).eval(), random_pyramid(height, width, batch, channels)
             modules, reference = (with_settings(head, fused=False, backend=b) for b in ("auto", "torchvision"))
+            pack_weights(packed := copy.deepcopy(head))
             contestants = {
                 "dense convs": without_gradients(partial(dense_limit, head, features)),
                 "fused": without_gradients(partial(head, features)),
+                "fused, packed": without_gradients(partial(packed, features)),
                 "fused bf16": without_gradients(partial(with_autocast, head, features)),
                 "modules": without_gradients(partial(modules, features)),
                 "torchvision op": without_gradients(partial(reference, features)),
             }
-            pairs = tuple((name, "dense convs") for name in ("fused", "fused bf16", "modules"))
+            pairs = tuple((name, "dense convs") for name in ("fused", "fused, packed", "fused bf16", "modules"))
             yield Case(f"{height}x{width} batch {batch}", contestants, (*pairs, ("torchvision op", "fused")))
 
 

@@ -85,7 +85,7 @@ class MemoryRow:
 
 def memory_cases() -> Iterator[MemoryCase]:
     """Operator, head, detector and torchvision's detectors, see ``operator_work`` and the like."""
-    operators, small = ("dense", "bag", "torchvision"), (16, 16)
+    operators, small = ("dense", "bag", "torchvision"), (48, 48)  # large enough for the matrix to be packed
     for backward, way in ((False, "inference"), (True, "training")):
         make = partial(operator_work, backward=backward)
         yield MemoryCase(f"op 100x168x256 {way}", make, operators, (100, 168), small)

@@ -21,7 +21,7 @@ All weights of a block are shared by all levels, and a block has no residual con
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from dyhead_zoo.layers import dyhead_inference
 from dyhead_zoo.ops import modulated_deform_conv2d
 from dyhead_zoo.ops.deform_conv import Backend
+from dyhead_zoo.ops.deform_conv_cpu import Linear, as_matrix, packed_linear
 
 CoarseOffsets = Literal["reinterpret", "aligned"]
 Field = tuple[Tensor, Tensor]  # offsets and masks of a level
@@ -121,13 +122,36 @@ class DeformConv3x3(nn.Module):
         self.backend: Backend = "auto"
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(out_channels))
+        self._packed: tuple[int, Linear] | None = None
         bound = 1 / math.sqrt(9 * in_channels)
         nn.init.uniform_(self.weight, -bound, bound)
+
+    def pack(self) -> None:
+        """Lay the weight out for ``dyhead_inference`` once, not at every call. Copies of the module are not packed."""
+        with torch.no_grad():
+            self._packed = (self.weight._version, packed_linear(as_matrix(self.weight)))
+
+    @property
+    def packed(self) -> Linear | None:
+        """The product with the weight as ``pack`` laid it out; None if it did not, or if the weight changed since."""
+        if self._packed is None or self._packed[0] != self.weight._version:
+            return None
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         return modulated_deform_conv2d(
             x, offset, mask, self.weight, self.bias, stride=self.stride, padding=1, backend=self.backend
         )
+
+
+def pack_weights(module: nn.Module) -> None:
+    """``DeformConv3x3.pack`` of all parts of a module, whose weights are final."""
+    for part in module.modules():
+        if isinstance(part, DeformConv3x3):
+            part.pack()
 
 
 class _GroupNorm(nn.GroupNorm):

@@ -176,7 +176,8 @@ def _branch(
         size, first_row = pyramid.sizes[source], pyramid.start(source)
         write_plan(level_index, level_weight, offset, mask, size, geometry, first_row)
     matrix, bias = as_matrix(conv.weight).to(table.dtype), conv.bias.to(table.dtype)
-    out = sample_and_contract(table, index.flatten(), weight.flatten(), matrix, bias).to(norm.weight.dtype)
+    linear = conv.packed if table.dtype == conv.weight.dtype else None
+    out = sample_and_contract(table, index.flatten(), weight.flatten(), matrix, bias, linear).to(norm.weight.dtype)
     maps = [m.view(pyramid.batch, h, w, -1) for m, (h, w) in zip(out.split(lengths), sizes, strict=True)]
     mean, variance = (torch.cat(values) for values in zip(*map(_statistics, maps), strict=True))
     scale, shift = _group_norm(norm, mean, variance)

@@ -507,15 +507,19 @@ def _chunk_pixels() -> int:
     return max(_CHUNK_PIXELS, 128 * torch.get_num_threads())
 
 
-def packed_linear(matrix: Tensor, rows: int) -> Linear:
+def packed_linear(matrix: Tensor, rows: int | None = None) -> Linear:
     """A function (values (n, in), bias) -> values @ matrix.T + bias for ``matrix`` (out, in).
 
-    It is going to be called for ``rows`` values in all.
+    Args:
+        matrix: packed if it is float32 and on a CPU.
+        rows: values that it is going to be called for in all, if these may be too few for packing to pay.
     """
     matrix = matrix.contiguous()
     suitable = matrix.device.type == "cpu" and matrix.dtype == torch.float32
-    if suitable and rows * matrix.numel() >= _PACKING_PAYS and _packed_linear_works():
-        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, min(rows, _chunk_pixels()))
+    pays = rows is None or rows * matrix.numel() >= _PACKING_PAYS
+    if suitable and pays and _packed_linear_works():
+        chunk = _chunk_pixels() if rows is None else min(rows, _chunk_pixels())
+        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, chunk)
         return lambda values, bias: torch.ops.mkldnn._linear_pointwise(values, packed, bias, "none", [], "")
     return lambda values, bias: F.linear(values, matrix, bias)
 

@@ -154,9 +154,9 @@ def test_heads_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dyhead_inference, "forward", lambda *args: calls.append(1) or fused(*args))
     (case,) = benchmark_cases.head_cases([IMAGE], [2], blocks=1, channels=16)
     given = outputs(case)
-    assert len(calls) == 2  # "fused" and "fused bf16" only
+    assert len(calls) == 3  # "fused", "fused, packed" and "fused bf16" only
     for level in range(5):
-        for name in ("fused", "torchvision op"):
+        for name in ("fused", "fused, packed", "torchvision op"):
             assert_close(given[name][level], given["modules"][level], 1e-4)
 
 
@@ -176,6 +176,14 @@ def test_detector_cases() -> None:
         outputs(case)
     assert {subject for subject, _ in parts[0].pairs} == {"normalise", "backbone", "FPN", "DyHead", "head", "decode"}
     assert any(isinstance(m, torch.nn.BatchNorm2d) for m in detector.modules())  # the original is untouched
+
+
+def test_training_steps_freeze_what_the_weights_of_the_name_are_trained_with() -> None:
+    assert benchmark_parts.frozen_as_trained(create_detector("atss_resnet50_dyhead6")) == {
+        "frozen_stages": 1,
+        "norm_eval": True,
+    }
+    assert benchmark_parts.frozen_as_trained(create_detector("test_atss_dyhead1")) == {}
 
 
 def test_settings_reach_every_deformable_convolution() -> None:

@@ -25,6 +25,7 @@ from dyhead_zoo.engine.benchmark_parts import (
     detect,
     detector_step,
     forward,
+    frozen_as_trained,
     head_step,
     operator_inputs,
     random_head,
@@ -199,7 +200,8 @@ def train_cases(
 def detector_cases(detector: Detector, size: tuple[int, int] = (640, 640), *, steps: bool = True) -> Iterator[Case]:
     """A whole detector: this package at its best against torchvision's operator, unfused, in contiguous format.
 
-    First inference from a padded batch to detections, then its parts as shares of the whole, then a training step.
+    First inference from a padded batch to detections, then its parts as shares of the whole, then a training step with
+    random weights, of which those are frozen that the recipe of the name's weights freezes.
     """
     images = random_images(detector, *size)
     ours = copy.deepcopy(detector).fuse()
@@ -214,8 +216,9 @@ def detector_cases(detector: Detector, size: tuple[int, int] = (640, 640), *, st
         stages = stages_of(part, images, channels_last=label == "ours") | {"whole": whole[label]}
         yield Case(f"{name} {label}", stages, tuple((stage, "whole") for stage in stages if stage != "whole"))
     if steps:
-        ours = copy.deepcopy(detector).train().to(memory_format=torch.channels_last)
-        theirs = with_settings(copy.deepcopy(detector).train(), backend="torchvision")
+        trained = create_detector(detector.name, **frozen_as_trained(detector)).train()
+        ours = copy.deepcopy(trained).to(memory_format=torch.channels_last)
+        theirs = with_settings(trained, backend="torchvision")
         training = {"ours": detector_step(ours, images), "torchvision op": detector_step(theirs, images)}
         yield Case(f"{name} training step", training, (("torchvision op", "ours"),))
 

@@ -28,6 +28,7 @@ from dyhead_zoo.engine.benchmark import Contestant, kept_rows
 from dyhead_zoo.engine.benchmark_parts import (
     detector_step,
     forward,
+    frozen_as_trained,
     head_step,
     operator_inputs,
     random_head,
@@ -161,7 +162,8 @@ def detector_work(name: str, contestant: str, size: Size) -> Contestant:
 
     Contestants: ``ours``, ``ours, checkpointed`` (backbone and DyHead), and ``torchvision op``.
     """
-    detector = create_detector(name).train()
+    detector = create_detector(name)
+    detector = create_detector(name, **frozen_as_trained(detector)).train()
     if contestant == "torchvision op":
         detector = with_settings(detector, backend="torchvision")
     else:

@@ -152,6 +152,12 @@ def random_images(detector: Detector, height: int, width: int) -> Tensor:
     return torch.randint(0, 256, size, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
+def frozen_as_trained(detector: Detector) -> dict[str, Any]:
+    """What the recipe of the weights of this name freezes, as arguments of ``create_detector``; empty without any."""
+    arch = detector.pretrained_cfg.arch
+    return {key: arch[key] for key in ("frozen_stages", "norm_eval", "freeze_norm") if key in arch}
+
+
 def detector_step(detector: Detector, images: Tensor) -> Contestant:
     """One training step without the optimiser: forward, loss with one object in the image, backward."""
     step, height, width = TrainStep(detector), images.shape[2], images.shape[3]

@@ -122,6 +122,12 @@ def test_checkpointed_and_plain_gradients_agree():
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("strides", [(), (0, 8), (8.0, 16.0), "8", (16, 8)])
+def test_wrong_strides_are_named(strides):
+    with pytest.raises(ValueError, match="strides=.*: give "):
+        Backbone("test_resnet", strides=strides)
+
+
 def test_a_part_that_a_body_lacks_is_named():
     with pytest.raises(ValueError, match="read_from names 'blocks.5.0', which ResNet lacks; it has conv1, "):
         create_detector("faster_rcnn_resnet18", strides=(32, 32), read_from=("blocks.5.0", None))

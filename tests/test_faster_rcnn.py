@@ -227,6 +227,8 @@ def test_task_attention_behind_pooling_tells_regions_apart():
         ({"score_mean": "nonsense"}, "score_mean='nonsense'"),
         ({"stage_ious": (0.5, 0.6)}, "one of each per stage"),
         ({"mask_heads": 2}, "mask_heads=2"),
+        ({"roi_levels": 9}, "roi_levels=9: use 1..5"),
+        ({"proposals": 50}, "proposals=50: give two numbers"),
     ],
 )
 def test_unknown_variants_are_named(option, message):

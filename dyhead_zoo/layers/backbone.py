@@ -159,6 +159,10 @@ class Backbone(nn.Module):
         self.full_precision = full_precision
         self.name = resolve_backbone_name(name)
         self.strides = tuple(strides)
+        if not self.strides or not all(isinstance(s, int) and s > 0 for s in self.strides):
+            raise ValueError(f"strides={strides!r}: give whole numbers of pixels, such as (8, 16, 32)")
+        if list(self.strides) != sorted(self.strides):
+            raise ValueError(f"strides={strides!r}: give them from fine to coarse")
         kwargs: dict[str, Any] = {"in_chans": in_chans, "num_classes": 0}
         if drop_path:
             kwargs["drop_path_rate"] = drop_path

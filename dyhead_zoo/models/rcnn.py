@@ -166,6 +166,11 @@ class RCNNHead(nn.Module):
             raise ValueError(f"mask_heads={mask_heads}: use 0, or up to one for each of {len(stage_ious)} stages")
         if score_mean not in ("logits", "probabilities"):
             raise ValueError(f"score_mean={score_mean!r}: use 'logits' or 'probabilities'")
+        if not 1 <= roi_levels <= len(strides):
+            raise ValueError(f"roi_levels={roi_levels}: use 1..{len(strides)}, the levels there are")
+        for name, pair in (("rpn_pre_nms", rpn_pre_nms), ("proposals", proposals), ("samples", samples)):
+            if not isinstance(pair, Sequence) or len(pair) != 2:
+                raise ValueError(f"{name}={pair!r}: give two numbers")
         self.num_classes, self.strides, self.unused_rows = num_classes, strides, unused_rows
         self.stage_ious, self.stage_weights = tuple(stage_ious), tuple(stage_weights)
         self.coders = [DeltaCoder(cast(tuple[float, float, float, float], tuple(stds))) for stds in stage_stds]

@@ -139,8 +139,8 @@ def beside_torchvision(build: Callable[..., torch.nn.Module], name: str) -> tupl
     with torch.no_grad():
         x = torch.randn(1, 3, 96, 160)
         features = theirs.backbone(x)
-        for layer in theirs.backbone.fpn.layer_blocks:
-            layer[0].weight.div_(features["0"].std())
+        for layer, level in zip(theirs.backbone.fpn.layer_blocks, features.values(), strict=False):
+            layer[0].weight.div_(level.std())
         features = theirs.backbone(x)
         objectness, deltas = theirs.rpn.head(list(features.values()))
         theirs.rpn.head.cls_logits.weight.div_(objectness[0].std())
@@ -151,7 +151,9 @@ def beside_torchvision(build: Callable[..., torch.nn.Module], name: str) -> tupl
         heads.box_predictor.cls_score.weight.div_(scores.std())
         heads.box_predictor.bbox_pred.weight.div_(2 * boxes.std())
     theirs.rpn._post_nms_top_n = {"training": 80, "testing": 60}  # the default thousands take their time
-    ours = create_detector(name, num_classes=4, unused_rows=0, samples=(10**6, 10**6), proposals=(80, 60))
+    theirs.roi_heads.detections_per_img = 60  # whose masks do too
+    sizes = {"samples": (10**6, 10**6), "proposals": (80, 60), "max_detections": 60}
+    ours = create_detector(name, num_classes=4, unused_rows=0, **sizes)
     ours.load_state_dict(convert_torchvision(theirs.state_dict()))
     for sampler in (theirs.rpn.fg_bg_sampler, theirs.roi_heads.fg_bg_sampler):
         sampler.batch_size_per_image = 10**6

@@ -97,21 +97,21 @@ def test_mask_rows_follow_their_class_name():
 
 def test_learns_the_shapes_of_objects(tmp_path):
     """Circles, rectangles and triangles whose colours say nothing: boxes and masks found again, by COCO's measure."""
-    paths = shapes_coco(tmp_path, count=4)
+    paths = shapes_coco(tmp_path, count=3)  # with an object of each class
     data = CocoDataset(*paths, masks=True)
     cfg = PretrainedCfg(short_side=96, long_side=96)
-    (batch,) = make_eval_loader(data, cfg, 4)
+    (batch,) = make_eval_loader(data, cfg, 3)
     detector = create_detector(
         "test_mask_rcnn",
         class_names=data.label_space,
         fpn_norm=True,
-        samples=(64, 64),
-        proposals=(60, 60),
+        samples=(64, 24),
+        proposals=(30, 20),
         pretrained_cfg=cfg,
     )
     optimizer = torch.optim.AdamW(detector.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
-    for _ in range(150):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 110)
+    for _ in range(110):
         losses = detector.loss(detector(batch.images, batch.image_sizes), batch.targets)
         optimizer.zero_grad()
         sum(losses.values()).backward()

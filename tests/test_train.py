@@ -181,7 +181,13 @@ def test_images_without_objects_crowds_and_tiny_boxes(tmp_path):
 # 64-pixel canvas is: hence 128 pixels.
 @pytest.mark.parametrize(
     "options",
-    [{"amp": "bf16", "size": 128}, {"amp": "fp16", "size": 128}, {"channels_last": True}, {"optimizer": "sgd"}],
+    [
+        {"amp": "bf16", "size": 128},
+        {"amp": "fp16", "size": 128},
+        {"channels_last": True},
+        {"optimizer": "sgd"},
+        {"grad_checkpointing": True},
+    ],
 )
 def test_modes(data, tmp_path, options):
     detector, result = run(data, tmp_path, epochs=1, cache_images=True, schedule="step", **options)

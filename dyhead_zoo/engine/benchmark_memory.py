@@ -8,7 +8,6 @@ that is needed on the way, but neither inputs nor weights.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -24,6 +23,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 
+from dyhead_zoo.engine import heap
 from dyhead_zoo.engine.benchmark import Contestant, kept_rows
 from dyhead_zoo.engine.benchmark_parts import (
     detector_step,
@@ -148,8 +148,11 @@ def operator_work(contestant: str, size: Size, *, backward: bool, channels: int 
 def head_work(contestant: str, size: Size, *, blocks: int = 6, channels: int = 256) -> Contestant:
     """One forward and backward pass of DyHead on the pyramid of an image, batch 1.
 
-    Contestants: ``dense convs`` in place of the deformable ones, ``bag``, and the same ``checkpointed`` by block.
+    Contestants: ``dense convs`` in place of the deformable ones, ``bag``, and the same ``checkpointed`` by block, with
+    the C library told what ``train --grad-checkpointing`` tells it.
     """
+    if contestant == "checkpointed":
+        heap.return_large_blocks()
     head = random_head(blocks, channels).train()
     if contestant == "dense convs":
         head = with_dense_convs(head)
@@ -168,7 +171,9 @@ def detector_work(name: str, contestant: str, size: Size) -> Contestant:
         detector = with_settings(detector, backend="torchvision")
     else:
         detector.to(memory_format=torch.channels_last)
-        detector.set_grad_checkpointing(contestant == "ours, checkpointed")
+        if contestant == "ours, checkpointed":
+            detector.set_grad_checkpointing()
+            heap.return_large_blocks()
     return detector_step(detector, random_images(detector, *size))
 
 
@@ -209,9 +214,7 @@ def _peak_of(
 def _give_back() -> None:
     """Return what the C library holds without using it to the system; else the work would get it for nothing."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    heap.trim()
 
 
 def _megabytes(field: str) -> float:

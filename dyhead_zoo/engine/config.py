@@ -38,6 +38,9 @@ class TrainConfig:
     ema_decay: float = setting(0.9998, "decay of the averaged weights, reached gradually; 0 for no average")
     amp: Literal["none", "bf16", "fp16"] = setting("none", "mixed precision")
     channels_last: bool = setting(False, "memory format of convolutions")
+    grad_checkpointing: bool = setting(
+        False, "compute stages of the backbone and blocks of DyHead again in the backward pass: less memory, more time"
+    )
     device: str | None = setting(None, "device; by default this process's GPU, or the CPU where there is none")
     seed: int = setting(0, "seed of order, augmentation and dropout")
     recipe: Literal["small", "standard"] = setting(

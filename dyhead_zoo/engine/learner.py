@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from dyhead_zoo.detector import TrainStep
+from dyhead_zoo.engine import heap
 from dyhead_zoo.engine.config import TrainConfig
 from dyhead_zoo.engine.optim import param_groups
 from dyhead_zoo.engine.processes import Processes
@@ -49,6 +50,9 @@ class Learner:
         self.detector = detector.to(processes.device)
         if config.channels_last:
             detector.to(memory_format=torch.channels_last)
+        if config.grad_checkpointing:
+            detector.set_grad_checkpointing()
+            heap.return_large_blocks()
         groups = param_groups(
             detector,
             lr=config.lr,

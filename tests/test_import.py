@@ -230,6 +230,15 @@ def test_torchvisions_two_stage_detectors(build: Any, name: str, tag: str) -> No
         assert (len(found.labels), found.cfg.arch["unused_rows"]) == (classes, unused)
 
 
+def test_what_keys_do_not_tell_can_be_given_as_arguments() -> None:
+    keys = torchvision_keys(partial(fasterrcnn_resnet50_fpn, num_classes=5), old=False)
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
+    assert guess(tensors).cfg.arch["norm_eps"] == 0
+    assert guess(tensors, arch={"norm_eps": 1e-5}).cfg.arch["norm_eps"] == 1e-5
+    with pytest.raises(CheckpointError, match="no part of the detector knows the argument 'norm_epsilon'"):
+        guess(tensors, arch={"norm_epsilon": 1e-5})
+
+
 def test_one_box_for_all_classes_of_torchvision() -> None:
     keys = torchvision_keys(partial(fasterrcnn_resnet50_fpn, num_classes=4), old=False)
     tensors = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}

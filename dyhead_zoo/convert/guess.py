@@ -86,7 +86,11 @@ class Guess:
 
 
 def import_checkpoint(
-    path: str | Path, name: str | None = None, *, class_names: Sequence[str] | None = None
+    path: str | Path,
+    name: str | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    arch: Mapping[str, Any] | None = None,
 ) -> tuple[Detector, Guess]:
     """Convert a checkpoint of mmdetection, detectron2, torchvision, their relatives or DETR's authors into a detector.
 
@@ -95,6 +99,8 @@ def import_checkpoint(
         name: what it is, as far as that is known: a family, a detector's name, or ``name.tag``.
         class_names: of its classes, in the order of its labels; by default those that the file names, or COCO's if it
             has 80 classes.
+        arch: arguments of ``create_detector`` that keys do not tell and that differ from those of published weights,
+            such as ``{"norm_eps": 1e-5}``.
 
     Returns:
         The detector, and how its nature was told.
@@ -110,7 +116,7 @@ def import_checkpoint(
         raise ValueError(f"{path} was written by dyhead_zoo: create_detector('local-dir:{path}') loads it as it is")
     tensors, metadata = read_state_dict(path)
     try:
-        found = guess(tensors, metadata, name, class_names)
+        found = guess(tensors, metadata, name, class_names, arch)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return _build(found.name, found.cfg, found.labels, found.conversion.tensors), found
@@ -121,6 +127,7 @@ def guess(
     metadata: Mapping[str, Any] | None = None,
     name: str | None = None,
     class_names: Sequence[str] | None = None,
+    arch: Mapping[str, Any] | None = None,
 ) -> Guess:
     """Tell what a state dict is, by its keys and shapes.
 
@@ -129,7 +136,7 @@ def guess(
     Args:
         tensors: foreign keys to tensors.
         metadata: what came with them, see ``read_state_dict``.
-        name, class_names: see ``import_checkpoint``.
+        name, class_names, arch: see ``import_checkpoint``.
 
     Raises:
         CheckpointError, ValueError: see ``import_checkpoint``.
@@ -147,6 +154,7 @@ def guess(
     rows = class_arguments(shapes, family, source)
     labels, labels_from = _labels(_count_classes(family, rows, conversion.tensors), metadata, class_names)
     told = rows | ({"coarse_offsets": "reinterpret"} if dyhead else {})  # as every DyHead of others has them
+    told |= arch or {}
     settings = list(_settings(name if name and "." in name else None, ours, family, dyhead, source))
     fits, misfits = _fitting(shapes, ours, labels, settings, told)
     if not fits:  # as no published weights are: what the keys tell comes before settings

@@ -292,6 +292,8 @@ def test_eval_names_what_is_wrong(folder: Path, weights: Path, capsys: pytest.Ca
     assert "share no class" in failure(capsys, *known, *data, "--class-names", "a,b")
     assert "gone" in failure(capsys, *known, "--images", folder, "--annotations", folder / "gone.json")
     assert "gone" in failure(capsys, *known, "--images", "gone", *data[2:])
+    for flag in ("--output", "--predictions"):  # told before the weights are loaded
+        assert f"{folder} is no regular file: give another path" in failure(capsys, "eval", TINY, *data, flag, folder)
 
 
 def test_warnings_are_one_line(folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

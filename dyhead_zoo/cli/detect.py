@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dyhead_zoo.cli.shared import add_data_flags, add_model_flags, load_detector, positive_int, probability, write
+from dyhead_zoo.cli.shared import add_data_flags, add_model_flags, load_detector, positive_int, probability
 
 
 def _add_predict(verbs: Any) -> argparse.ArgumentParser:
@@ -108,10 +108,13 @@ def _add_eval(verbs: Any) -> argparse.ArgumentParser:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Evaluate one detector, print the table, write the files asked for."""
+    from dyhead_zoo.engine.checkpoint import check_writable, write_text
     from dyhead_zoo.engine.evaluate import evaluate
 
     if args.fuse and args.output:
         raise ValueError("--output records the weights as they are saved, which --fuse changes: leave one of them out")
+    for path in filter(None, (args.output, args.predictions)):
+        check_writable(path)
     detector = load_detector(args.name, args)
     result = evaluate(
         detector,
@@ -128,9 +131,11 @@ def run_eval(args: argparse.Namespace) -> int:
         from dyhead_zoo.engine.record import evaluation_record, record_to_json
 
         data = {"dataset": args.data_name or args.annotations.name, "split": args.split}
-        write(args.output, record_to_json(evaluation_record(detector, result, annotations=args.annotations, **data)))
+        write_text(
+            args.output, record_to_json(evaluation_record(detector, result, annotations=args.annotations, **data))
+        )
     if args.predictions:
-        write(args.predictions, json.dumps(result.predictions) + "\n")
+        write_text(args.predictions, json.dumps(result.predictions) + "\n")
     return 0
 
 

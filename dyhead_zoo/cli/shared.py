@@ -79,14 +79,6 @@ def check_device(device: str | None) -> None:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file, and make its folder."""
-    from dyhead_zoo.engine.checkpoint import write_text
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-
-
 def positive_int(text: str) -> int:
     """A count on the command line; argparse shows this function's name for what is no number."""
     if int(text) < 1:

@@ -376,12 +376,14 @@ def test_command_makes_a_detector_of_a_two_stage_checkpoint(tmp_path: Path, caps
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     theirs = FasterRCNN(backbone, box_head=TwoMLPHead(256 * 49, 16), box_predictor=FastRCNNPredictor(16, 3)).eval()
     torch.save(theirs.state_dict(), tmp_path / "model.pth")
-    status = main(["import", str(tmp_path / "model.pth"), "--output", str(tmp_path / "saved")])
+    command = ["import", str(tmp_path / "model.pth"), "--output", str(tmp_path / "saved")]
+    status = main([*command, "--model-args", "norm_eps=1e-5"])
     printed = capsys.readouterr()
     assert status == 0, printed.err
     assert "torchvision checkpoint: faster_rcnn_resnet18, 2 classes (class_0, class_1" in printed.out
     detector = create_detector(f"local-dir:{tmp_path / 'saved'}")
     assert detector.arch["box_hidden"] in ([16, 16], (16, 16)) and not detector.arch["roi_aligned"]
+    assert detector.arch["norm_eps"] == 1e-5
     rows = theirs.roi_heads.box_predictor.cls_score.bias[[1, 2, 0]]
     assert torch.equal(detector.state_dict()["head.box.0.cls_logits.bias"], rows)
     assert len(detector.eval().decode(detector(torch.zeros(1, 3, 64, 64)))) == 1

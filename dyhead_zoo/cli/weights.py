@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dyhead_zoo.cli.shared import check_device, comma_separated
+from dyhead_zoo.cli.shared import add_model_args, check_device, comma_separated
 
 
 def _add_import(verbs: Any) -> argparse.ArgumentParser:
@@ -15,7 +15,7 @@ def _add_import(verbs: Any) -> argparse.ArgumentParser:
         "import",
         help="convert a checkpoint of mmdetection, detectron2, torchvision or DETR's authors",
         description="Convert a detector that was trained with another library into a saved detector. Family, backbone "
-        "and number of classes are told by its keys; what they do not tell is said, and --as decides it.",
+        "and number of classes are told by its keys; the rest is said, and decided by --as or --model-args.",
     )
     verb.add_argument("path", type=Path, metavar="PATH", help=".pth, .pt, .bin, .pkl or .safetensors")
     verb.add_argument("--as", dest="name", metavar="NAME", help="what it is: a family, a detector, or name.tag")
@@ -24,6 +24,7 @@ def _add_import(verbs: Any) -> argparse.ArgumentParser:
         "--class-names", type=comma_separated, metavar="A,B,..", help="default: those that the file names"
     )
     verb.add_argument("--license", metavar="ID", help="of the weights, such as apache-2.0")
+    add_model_args(verb)
     verb.set_defaults(run=run_import)
     return verb
 
@@ -33,7 +34,8 @@ def run_import(args: argparse.Namespace) -> int:
     from dyhead_zoo import save_for_hub
     from dyhead_zoo.convert.guess import import_checkpoint
 
-    detector, guess = import_checkpoint(args.path, args.name, class_names=args.class_names)
+    arch = dict(args.model_args)
+    detector, guess = import_checkpoint(args.path, args.name, class_names=args.class_names, arch=arch)
     print(guess.summary())
     folder = save_for_hub(detector, args.output, license=args.license)
     print(f"saved: create_detector('local-dir:{folder}')")

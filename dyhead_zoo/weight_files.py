@@ -190,8 +190,8 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise CheckpointError(
                 f"it holds {refused[1]} beside tensors, and to load that could run code: refused. If you trust whoever "
                 "made it, save its tensors alone, in a process where you accept that risk: "
-                "torch.save({'state_dict': torch.load(path, weights_only=False)['state_dict']}, new_path), or, for a whole "
-                "module, torch.save(torch.load(path, weights_only=False).state_dict(), new_path)"
+                "torch.save({'state_dict': torch.load(path, weights_only=False)['state_dict']}, new_path), or, for a "
+                "whole module, torch.save(torch.load(path, weights_only=False).state_dict(), new_path)"
             ) from error
         raise CheckpointError(f"damaged or truncated PyTorch file ({_first_line(error)}). {_AGAIN}") from error
     if not isinstance(checkpoint, Mapping):

@@ -68,6 +68,7 @@ GOALS = (
     Goal("operator over onnxruntime's", "op", " forward$", "bag", "onnxruntime", 1.0),
     Goal("operator over OpenVINO's", "op", " forward$", "bag", "openvino", 1.0),
     Goal("six-block head over its dense convolutions alone", "head", "", "fused", "dense convs", 1.25),
+    Goal("the same once its weights are packed, as `fuse()` does", "head", "", "fused, packed", "dense convs", 1.25),
     Goal("training step of the head over one with dense convolutions", "train", "", "bag", "dense convs", 1.15),
     Goal(
         "whole detector: torchvision's operator over ours",

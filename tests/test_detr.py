@@ -324,6 +324,7 @@ def test_a_single_level_leaves_dyhead_its_middle_branch():
     [
         ({"strides": (16, 32)}, r"strides=\(16, 32\): DETR reads one level"),
         ({"channels": 36}, "channels=36 with heads=8"),
+        ({"decoder_layers": 0}, "decoder_layers=0: the predictions come from"),
         ({"nms_threshold": 0.5}, "no part of the detector knows the argument 'nms_threshold'"),
     ],
 )

@@ -65,11 +65,13 @@ def init_matrices(module: nn.Module) -> None:
             nn.init.xavier_uniform_(parameter)
 
 
-def check_channels(channels: int, heads: int) -> None:
-    """Refuse widths that neither the heads nor the position embedding divide.
+def check_sizes(channels: int, heads: int, decoder_layers: int) -> None:
+    """Refuse widths that neither the heads nor the position embedding divide, and a decoder without layers.
 
     Raises:
         ValueError: with what to choose.
     """
     if channels % heads or channels % 4:
         raise ValueError(f"channels={channels} with heads={heads}: channels must be a multiple of 4 and of the heads")
+    if decoder_layers < 1:
+        raise ValueError(f"decoder_layers={decoder_layers}: the predictions come from decoder layers, use 1 or more")

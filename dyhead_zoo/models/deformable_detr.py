@@ -29,7 +29,7 @@ from dyhead_zoo.layers.transformer import (
     MLP,
     Attention,
     FeedForward,
-    check_channels,
+    check_sizes,
     init_matrices,
     inverse_sigmoid,
 )
@@ -191,7 +191,7 @@ class DeformableDETRHead(nn.Module):
         lr_scales: reference points learn at a tenth of the rate, as sampling offsets do (section 5).
 
     Raises:
-        ValueError: for channels that the heads do not divide, or ``two_stage`` alone.
+        ValueError: for channels that the heads do not divide, a decoder without layers, or ``two_stage`` alone.
     """
 
     lr_scales: ClassVar[Mapping[str, float]] = {"reference_points": 0.1}
@@ -218,7 +218,7 @@ class DeformableDETRHead(nn.Module):
         super().__init__()
         if two_stage and not box_refine:
             raise ValueError("two_stage=True refines the proposals: it needs box_refine=True")
-        check_channels(in_channels, heads)
+        check_sizes(in_channels, heads, decoder_layers)
         self.num_classes, self.num_queries, self.box_refine = num_classes, num_queries, box_refine
         self.score_threshold, self.max_detections = score_threshold, max_detections
         self.transformer = Transformer(

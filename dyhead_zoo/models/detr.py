@@ -19,7 +19,7 @@ from dyhead_zoo.layers.matching import box_losses, loss_terms, match_objects
 from dyhead_zoo.layers.positions import padding_masks, sine_positions
 from dyhead_zoo.layers.postprocess import query_detections
 from dyhead_zoo.layers.projection import ProjectionNeck
-from dyhead_zoo.layers.transformer import MLP, Attention, FeedForward, check_channels, init_matrices
+from dyhead_zoo.layers.transformer import MLP, Attention, FeedForward, check_sizes, init_matrices
 from dyhead_zoo.models.sources import LITE, SMALL
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.registry import register_detector, register_family
@@ -125,7 +125,7 @@ class DETRHead(nn.Module):
         score_threshold, max_detections: see ``query_detections``.
 
     Raises:
-        ValueError: for more than one level, or channels that the heads do not divide.
+        ValueError: for more than one level, channels that the heads do not divide, or a decoder without layers.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class DETRHead(nn.Module):
         super().__init__()
         if len(strides) != 1:
             raise ValueError(f"strides={strides}: DETR reads one level, such as strides=(32,)")
-        check_channels(in_channels, heads)
+        check_sizes(in_channels, heads, decoder_layers)
         self.num_classes, self.unused_rows, self.no_object_weight = num_classes, unused_rows, no_object_weight
         self.num_queries = num_queries
         self.score_threshold, self.max_detections = score_threshold, max_detections

@@ -104,7 +104,9 @@ class TaskAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a1, b1, a2, b2 = (c[:, :, None, None] for c in self.coefficients(x.mean((2, 3))))
-        return torch.maximum(x * a1 + b1, x * a2 + b2)
+        first, second = torch.addcmul(b1, x, a1), torch.addcmul(b2, x, a2)
+        # their maximum; torch.maximum would keep both for the backward pass, this a mask
+        return torch.where(first >= second, first, second)
 
 
 class DeformConv3x3(nn.Module):

@@ -1,6 +1,6 @@
-"""Compile the kernels of ``deform_conv_triton_kernels.py`` for a GPU that need not be there; print their names.
+"""Compile our Triton kernels for a GPU that need not be there; print their names.
 
-A process of its own for ``test_deform_conv_triton.py``: where kernels are interpreted they cannot be compiled. With an
+A process of its own for ``test_deform_conv_triton.py`` and ``test_dyhead_cuda.py``: where kernels are interpreted they cannot be compiled. With an
 argument, the compute capability as in 90, it compiles for 256 channels and prints what ptxas tells of registers and
 spills, by which the tile sizes were chosen.
 """
@@ -12,12 +12,14 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dyhead_zoo.layers import dyhead, dyhead_cuda
 from dyhead_zoo.ops import deform_conv_triton as op
 from dyhead_zoo.ops import deform_conv_triton_kernels as kernels
 
@@ -27,6 +29,7 @@ TILES = {
     "backward_weight": op.backward_weight_tiles,
 }
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+BLOCK_SIZES = ((6, 5), (3, 3), (2, 2), (1, 1), (1, 1))
 ALWAYS_FLOAT32 = ("offset", "mask", "grad_x", "grad_offset", "grad_mask", "grad_weight")
 ALIGNED = [["tt.divisibility", 16]]
 
@@ -56,6 +59,38 @@ def compile_kernel(name: str, dtype: torch.dtype, channels: int, capability: int
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def compile_block(dtype: torch.dtype, channels: int, capability: int) -> dict[str, Any]:
+    """What a block on five levels launches, by the names of the kernels."""
+    block = dyhead.DyHeadBlock(channels, channels).to(dtype).eval()
+    features = [torch.zeros(1, channels, *size, dtype=dtype) for size in BLOCK_SIZES]
+    compiled: dict[str, Any] = {}
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
+        named |= dict(zip(kernel.arg_names, arguments, strict=False))
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        signature: dict[str, Any] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+        for i, parameter in enumerate(kernel.params):
+            value = named[parameter.name]
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[(i,)] = "constexpr", value
+            elif isinstance(value, tuple):
+                signature[parameter.name] = tuple(TYPES[tensor.dtype] for tensor in value)
+                attributes |= {(i, j): ALIGNED for j in range(len(value))}
+            elif isinstance(value, int):
+                signature[parameter.name] = "i32"
+            else:
+                signature[parameter.name], attributes[(i,)] = TYPES[value.dtype], ALIGNED
+        source = ASTSource(kernel, signature, constants, attributes)
+        target = GPUTarget("cuda", capability, 32)
+        compiled[kernel.fn.__name__] = triton.compile(source, target=target, options=options)
+
+    with mock.patch.object(dyhead_cuda, "_launch", launch), torch.no_grad():
+        dyhead_cuda.forward([block], features)
+    return compiled
+
+
 def resources(compiled: Any) -> str:
     """Registers and stack of a thread; a stack other than 0 is spilled registers."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -72,8 +107,12 @@ if __name__ == "__main__":
         for kernel_name in TILES:
             compile_kernel(kernel_name, torch.bfloat16, 32, 80)
             print(kernel_name)
+        print(*compile_block(torch.bfloat16, 32, 80), sep="\n")
     else:
-        for kernel_name in TILES:
-            for kernel_dtype in TYPES:
-                print(kernel_name, kernel_dtype)
-                print("   ", resources(compile_kernel(kernel_name, kernel_dtype, 256, int(sys.argv[1]))))
+        for kernel_dtype in TYPES:
+            print(kernel_dtype)
+            kernels_of_block = compile_block(kernel_dtype, 256, int(sys.argv[1]))
+            for kernel_name in TILES:
+                kernels_of_block[kernel_name] = compile_kernel(kernel_name, kernel_dtype, 256, int(sys.argv[1]))
+            for kernel_name, compiled_kernel in kernels_of_block.items():
+                print(f"{kernel_name:18s}", resources(compiled_kernel))

@@ -26,8 +26,10 @@ def _pixels(tile, sizes, TILE_P: tl.constexpr):
 
 
 @triton.jit
-def _corners(offset, offset_strides, mask, mask_strides, sizes, pixels, group, tap, CONV: tl.constexpr):
+def _corners(offset, offset_strides, mask, mask_strides, sizes, pixels, group, tap, CONV):
     """Where ``pixels`` (of ``_pixels``) sample the input with ``tap`` in offset group ``group``.
+
+    Of CONV the kernel must be known to the compiler, the rest may be numbers of the program.
 
     Returns:
         row: of the top left of the four neighbours, in x; meaningless where that one lies outside the map.

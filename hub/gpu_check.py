@@ -2,19 +2,21 @@
 
 Needs one NVIDIA GPU of compute capability 8.0 or newer, Triton and a C compiler; takes some minutes. Prints
 
-1. errors of output and gradients against torchvision's operator in float64, and fails (exit status 1) where they exceed
-   what the type's rounding explains;
+1. errors of the operator's output and gradients against torchvision's in float64, and of a head of two blocks by six
+   launches a block (``dyhead_cuda``) against its modules in float64, and fails (exit status 1) where they exceed what
+   the type's rounding explains;
 2. times (CUDA events, median and quartiles) and peak memory of the operator at 100x168, of the 6-block head at 800x1344
    with and without a CUDA graph, and of the head's training step; each for this package's kernels, for torchvision's
-   operator and with dense convolutions in its place;
+   operator and with dense convolutions in its place; of the head in inference also for ``dyhead_cuda``;
 3. a floor for each: its multiply-adds at the rate that an 8192^3 matrix product reaches in the same run.
 
-``--tune`` also times other tiles for the forward kernel. Not yet run on a GPU by us.
+``--tune`` also times other tiles for the forward kernel and for a block's convolutions. Not yet run on a GPU by us.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import statistics
 import sys
@@ -22,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -32,10 +34,11 @@ from torch import Tensor
 from torchvision.ops import deform_conv2d
 
 from dyhead_zoo.engine.cuda_graph import CudaGraph
-from dyhead_zoo.layers import dyhead
+from dyhead_zoo.layers import dyhead, dyhead_cuda
 from dyhead_zoo.ops import deform_conv_triton as op
 
 LEVELS = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))  # of an image of 800x1344
+CHECKED_LEVELS = ((51, 37), (26, 19), (13, 10), (7, 5), (4, 3))
 CHANNELS = 256
 DEVICE = "cuda"
 BLOCKS = 6
@@ -44,6 +47,19 @@ PRECISIONS = (  # name, dtype, whether TF32 is allowed, error to expect, relativ
     ("float16", torch.float16, True, 3e-3),
     ("TF32", torch.float32, True, 3e-3),
     ("float32", torch.float32, False, 1e-5),
+)
+TUNED_TILES = tuple(
+    op.Tiles(*numbers)
+    for numbers in (
+        (64, 256, 32, 16, 3),
+        (64, 256, 32, 8, 3),
+        (64, 256, 64, 8, 2),
+        (128, 256, 32, 8, 2),
+        (128, 128, 32, 8, 3),
+        (128, 128, 64, 8, 2),
+        (64, 128, 64, 4, 3),
+        (64, 128, 32, 8, 2),
+    )
 )
 
 
@@ -128,6 +144,37 @@ def check() -> bool:
     return good
 
 
+def blocks_of(head: dyhead.DyHead) -> list[dyhead.DyHeadBlock]:
+    return [cast(dyhead.DyHeadBlock, block) for block in head.blocks]
+
+
+def check_head() -> bool:
+    """Print the errors of a head by ``dyhead_cuda``; whether all are small and DyHead chooses it."""
+    good = True
+    print("head by six launches a block: largest error / largest value of each level")
+    for precision, dtype, allowed, tolerance in PRECISIONS:
+        for convention in ("aligned", "reinterpret"):
+            torch.manual_seed(0)
+            head = dyhead.DyHead(CHANNELS, num_blocks=2, coarse_offsets=convention, zero_init_offset=False)
+            head = head.to(DEVICE, dtype).to(memory_format=torch.channels_last).eval()
+            features = [torch.randn(2, CHANNELS, *size, device=DEVICE).to(dtype) for size in CHECKED_LEVELS]
+            exact = copy.deepcopy(head).double()  # which the kernels do not take, so the modules run
+            with torch.no_grad(), tf32(allowed):
+                chosen = dyhead_cuda.applies(blocks_of(head), features)
+                ours = dyhead_cuda.forward(blocks_of(head), features)
+                again = dyhead_cuda.forward(blocks_of(head), features)
+                recorded = CudaGraph(lambda *levels, head=head: head(list(levels)), *features)(*features)
+                reference = exact([x.double() for x in features])
+            errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, reference, strict=True)]
+            same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(ours, again, recorded, strict=True))
+            # offsets of the second block depend on what the first one rounded
+            passed = chosen and same and all(error <= 3 * tolerance for error in errors)
+            good &= passed
+            verdict = "" if passed else f"  WRONG (chosen: {chosen}, the same every time: {same})"
+            print(f"  {precision:9s} {convention:18s}", *(f"{error:.1e}" for error in errors), verdict)
+    return good
+
+
 def measure(function: Callable[[], object], reps: int) -> tuple[float, float, float, float]:
     """Milliseconds (median, lower and upper quartile) and peak memory in MB beyond what was there."""
     for _ in range(5):
@@ -180,7 +227,7 @@ def measure_all(reps: int) -> list[Row]:
             for what, variant, function, flop in subjects(dtype):
                 row = Row(what, variant, name, *measure(function, reps), flop / rate)
                 print(
-                    f"{row.what:24s} {row.variant:22s} {row.dtype:9s} {row.ms:8.3f} ms ({row.lower_ms:.3f} to "
+                    f"{row.what:24s} {row.variant:24s} {row.dtype:9s} {row.ms:8.3f} ms ({row.lower_ms:.3f} to "
                     f"{row.upper_ms:.3f})  floor {row.floor_ms:.3f} ms  peak {row.peak_mb:.0f} MB",
                     flush=True,
                 )
@@ -207,6 +254,11 @@ def subjects(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object
             graph = CudaGraph(lambda *levels, head=head: head(list(levels)), *features)
             yield "head", f"{variant}, CUDA graph", partial(graph, *features), flop
             yield "head training step", variant, partial(training_step, head, features), 3 * flop
+    head = dyhead.DyHead(CHANNELS, num_blocks=BLOCKS, zero_init_offset=False).to(DEVICE, dtype)
+    blocks = blocks_of(head.to(memory_format=torch.channels_last).eval())
+    yield "head", "six launches a block", torch.no_grad()(partial(dyhead_cuda.forward, blocks, features)), flop
+    graph = CudaGraph(lambda *levels: dyhead_cuda.forward(blocks, levels), *features)
+    yield "head", "six launches, CUDA graph", partial(graph, *features), flop
 
 
 def operator_subjects(
@@ -241,27 +293,27 @@ def training_step(head: torch.nn.Module, features: list[Tensor]) -> None:
 
 
 def tune(reps: int) -> None:
-    """Time the forward kernel at 100x168 with other tiles."""
+    """Time the forward kernel at 100x168, and a block on all levels, with other tiles."""
     conv: Callable[..., Tensor] = triton_conv
     for dtype in (torch.bfloat16, torch.float32):
         tensors = problem(LEVELS[0], 1, dtype)
-        for pixels, outputs, channels, warps, stages in (
-            (64, 256, 32, 8, 3),
-            (64, 256, 64, 8, 2),
-            (128, 256, 32, 8, 2),
-            (128, 128, 32, 8, 3),
-            (128, 128, 64, 8, 2),
-            (64, 128, 64, 4, 3),
-            (64, 128, 32, 8, 2),
-        ):
-            tiles = op.Tiles(pixels, outputs, channels, warps, stages)
-            try:
-                with mock.patch.object(op, "forward_tiles", lambda *_, tiles=tiles: tiles), torch.no_grad(), tf32(True):
-                    milliseconds = measure(partial(conv, *tensors, padding=1), reps)[0]
-            except Exception as error:  # tiles that this GPU has no memory for
-                print(f"{dtype} {tuple(tiles)}: {type(error).__name__}")
-            else:
-                print(f"{dtype} {tuple(tiles)}: {milliseconds:.3f} ms")
+        features = [torch.randn(1, CHANNELS, *size, device=DEVICE).to(dtype) for size in LEVELS]
+        features = [x.contiguous(memory_format=torch.channels_last) for x in features]
+        block = dyhead.DyHeadBlock(CHANNELS, CHANNELS, zero_init_offset=False).to(DEVICE, dtype).eval()
+        block = block.to(memory_format=torch.channels_last)
+        subjects: tuple[tuple[Any, str, Callable[[], object]], ...] = (
+            (op, "forward_tiles", partial(conv, *tensors, padding=1)),
+            (dyhead_cuda, "convolution_tiles", partial(dyhead_cuda.forward, [block], features)),
+        )
+        for module, name, function in subjects:
+            for tiles in TUNED_TILES:
+                try:
+                    with mock.patch.object(module, name, lambda *_, tiles=tiles: tiles), torch.no_grad(), tf32(True):
+                        milliseconds = measure(function, reps)[0]
+                except Exception as error:  # tiles that this GPU has no memory for
+                    print(f"{name} {dtype} {tuple(tiles)}: {type(error).__name__}")
+                else:
+                    print(f"{name} {dtype} {tuple(tiles)}: {milliseconds:.3f} ms")
 
 
 def main() -> int:
@@ -276,7 +328,7 @@ def main() -> int:
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     machine = {"gpu": torch.cuda.get_device_name(), **versions}
     print(machine)
-    good = check()
+    good = check() & check_head()
     rows = measure_all(args.reps)
     if args.csv:
         with open(args.csv, "w", newline="") as file:

@@ -1,6 +1,6 @@
 """Compile our Triton kernels for a GPU that need not be there; print their names.
 
-A process of its own for ``test_deform_conv_triton.py`` and ``test_dyhead_cuda.py``: where kernels are interpreted they cannot be compiled. With an
+A process of its own for ``test_deform_conv_triton.py``: where kernels are interpreted they cannot be compiled. With an
 argument, the compute capability as in 90, it compiles for 256 channels and prints what ptxas tells of registers and
 spills, by which the tile sizes were chosen.
 """

@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import deform_conv2d
+from triton_helpers import DEVICE, make_dot_exact
 
 from dyhead_zoo.ops import deform_conv_triton as op
 from dyhead_zoo.ops import modulated_deform_conv2d
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
@@ -119,16 +119,7 @@ def test_half_precision(dtype: torch.dtype, exact_dot: None) -> None:
 
 @pytest.fixture
 def exact_dot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.9's interpreter keeps bfloat16 as its bits in uint16, and its dot multiplies those as integers."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime import interpreter
-
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        a, b = (t if t.dtype.is_fp32() else self.create_fp_ext(t, interpreter.tl.float32) for t in (a, b))
-        return interpreter.TensorHandle(a.data @ b.data + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    make_dot_exact(monkeypatch)
 
 
 @settings(max_examples=6)
@@ -334,4 +325,6 @@ def test_kernels_compile_for_gpus() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["forward", "backward_samples", "backward_weight"]
+    of_a_block = ["predict_fields", "coarse_fields", "convolve", "statistics", "coefficients", "combine"]
+    variants = ["coarse_fields_again", "coefficients_again"]  # the other convention, without attentions
+    assert run.stdout.split() == ["forward", "backward_samples", "backward_weight", *of_a_block, *variants]

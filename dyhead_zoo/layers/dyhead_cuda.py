@@ -19,8 +19,8 @@ every time, and CUDA graphs can record it, after one ordinary run in which Trito
 
 Checked in Triton's interpreter against the modules and compiled for compute capabilities 8.0 and 9.0, but **not yet run
 on a GPU**: no speed is claimed. ``hub/gpu_check.py`` checks and measures it. The tiles were chosen by what the compiler
-says of 256 channels: no kernel spills registers, for either capability, in float32 or bfloat16, and none takes more than
-99 KB of shared memory; products run on the tensor cores, and their operands are copied in 16-byte pieces ahead of use.
+says of 256 channels: no kernel spills registers, for either capability, in float32 or bfloat16, and none takes more
+than 99 KB of shared memory; at 9.0 products run by wgmma, their operands copied ahead of use in pieces of 16 bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dyhead_zoo.ops import deform_conv_triton as op
 from dyhead_zoo.ops.deform_conv_cpu import as_matrix
 
 if TYPE_CHECKING:
-    from dyhead_zoo.layers.dyhead import DyHeadBlock, SpatialAttention
+    from dyhead_zoo.layers.dyhead import DeformConv3x3, DyHeadBlock, SpatialAttention
 
 _FIELD = 27  # numbers of a pixel: offsets and masks
 _BRANCHES = ("mid", "low", "high")
@@ -127,7 +127,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _shape(block: DyHeadBlock) -> tuple[int, int]:
     """Input and output channels."""
-    outputs, channels = block.spatial.conv_mid.weight.shape[:2]
+    outputs, channels = cast("DeformConv3x3", block.spatial.conv_mid).weight.shape[:2]
     return channels, outputs
 
 
@@ -231,7 +231,7 @@ def _fields(spatial: SpatialAttention, table: Tensor, problem: _Problem) -> Tens
 
 
 def _convolve(spatial: SpatialAttention, table: Tensor, fields: Tensor, problem: _Problem) -> tuple[Tensor, Tensor]:
-    """The maps of all branches and levels (rows of the maps, C_out), and the statistics of each tile (3, tiles, C_out)."""
+    """The maps of all branches and levels, (rows of the maps, C_out), and statistics of tiles, (3, tiles, C_out)."""
     from dyhead_zoo.ops import pyramid_triton_kernels as kernels
 
     convs = [getattr(spatial, f"conv_{branch}") for branch in _BRANCHES]

@@ -2,14 +2,13 @@
 
 Checked in Triton's interpreter and compiled for several GPUs, but not yet run on a GPU.
 
-Terms, for all kernels. A *pyramid* is (batch, height and width of the finest level): the sides of the others follow,
-since they halve from level to level, rounded up, so that a launch needs no table of sizes and one compiled kernel serves
-all sizes. A *table* has a row for each pixel: level after level, in a level image after image, row after row. A *branch*
-is 0 (mid), 1 (low) or 2 (high). A *map* is what the convolution of one branch gives for one level: mid those of all
-levels, low and high those of all but the finest, each of the size of that level (for high that is the *sampled* level,
-which is upsampled to the next finer one). All maps together lie like three tables one below the other, two of them
-without their finest level. A *tile* is a run of TILE_P pixels of one image of one level; all tiles are numbered as the
-rows of the table or of the maps are.
+Terms, for all kernels. A *pyramid* is (batch, height and width of the finest level): the other sides follow, since they
+halve from level to level, rounded up, so that a launch needs no table of sizes and one compiled kernel serves all. A
+*table* has a row for each pixel: level after level, in a level image after image, row after row. A *branch* is 0 (mid),
+1 (low) or 2 (high). A *map* is what the convolution of one branch gives for one level: mid those of all levels, low and
+high those of all but the finest, each of the size of that level (for high that is the level *sampled*, which is then
+upsampled to the next finer one). All maps together lie like three tables one below the other, two of them without their
+finest level. A *tile* is a run of TILE_P pixels of one image of one level; tiles are numbered in the order of the rows.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -395,11 +394,11 @@ def coefficients(
         centre = _group_mean(mean, OUT // GROUPS, GROUPS, TILE_G)
         spread = tl.where(here, variance + (mean - centre) * (mean - centre), 0.0)
         spread = _group_mean(spread, OUT // GROUPS, GROUPS, TILE_G)
-        slope = tl.load(norms[2 * branch] + channel, mask=here, other=0.0).to(tl.float32) / tl.sqrt_rn(
-            spread + EPS[branch]
-        )
-        intercept = tl.load(norms[2 * branch + 1] + channel, mask=here, other=0.0).to(tl.float32) - slope * centre
-        average = tl.load(moments + at + 2 * step, mask=here, other=0.0) * slope + intercept
+        norm_weight = tl.load(norms[2 * branch] + channel, mask=here, other=0.0).to(tl.float32)
+        norm_bias = tl.load(norms[2 * branch + 1] + channel, mask=here, other=0.0).to(tl.float32)
+        slope = norm_weight / tl.sqrt_rn(spread + EPS[branch])
+        intercept = norm_bias - slope * centre
+        average = (tl.load(moments + at + 2 * step, mask=here, other=0.0) - centre) * slope + norm_bias
         average = tl.where(here, average, 0.0)
         factor = 1.0 / branches.to(tl.float32)
         if gate is not None:

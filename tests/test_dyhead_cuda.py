@@ -197,9 +197,15 @@ def test_dyhead_takes_it_for_inference_where_it_applies(monkeypatch: pytest.Monk
     head(features)  # with gradients
     with torch.no_grad():
         head(features, [])  # the attentions are asked for
-        with monkeypatch.context() as patch:
-            patch.setattr(dyhead_cuda, "_passes_trial", lambda *_: False)
-            head(features)
+        for module, name, value in (
+            (dyhead_cuda, "_passes_trial", False),
+            (dyhead_cuda, "_obstacle", "one"),
+            (torch.compiler, "is_compiling", True),
+            (torch.jit, "is_tracing", True),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, lambda *_, value=value: value)
+                head(features)
         head.fused = False
         head(features)
     assert not taken
@@ -235,7 +241,7 @@ def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     def trial() -> bool:
         dyhead_cuda._trial.cache_clear()
-        return dyhead_cuda._passes_trial(torch.device(DEVICE), torch.float32, 16, 16)
+        return dyhead_cuda._passes_trial(torch.device(DEVICE), torch.float32, 16, 16, "reinterpret")
 
     state = torch.random.get_rng_state()
     with torch.inference_mode():

@@ -38,12 +38,11 @@ from dyhead_zoo.ops import deform_conv_triton as op
 from dyhead_zoo.ops.deform_conv_cpu import as_matrix
 
 if TYPE_CHECKING:
-    from dyhead_zoo.layers.dyhead import DeformConv3x3, DyHeadBlock, SpatialAttention
+    from dyhead_zoo.layers.dyhead import CoarseOffsets, DeformConv3x3, DyHeadBlock, SpatialAttention
 
 _FIELD = 27  # numbers of a pixel: offsets and masks
 _BRANCHES = ("mid", "low", "high")
 _INT32_LIMIT = 2**31
-_GRID_LIMIT = 65535
 _TRIAL_TOLERANCE = 0.03  # of the largest value: bfloat16's rounding, not a wrong index
 _TRIAL_FINEST = (9, 6)
 
@@ -77,8 +76,9 @@ def applies(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> bool:
 
     Not while compiling, exporting or tracing; not where ``deform_conv_triton.obstacle`` names one, nor for blocks with
     parts of other types than their own (adapters, quantized layers) or with hooks on them; and not where a small trial
-    on the device, once per process, device, dtype and number of channels, did not give what the modules give. The trial
-    compiles the kernels (some seconds the first time), so it must not happen inside the capture of a CUDA graph.
+    on the device, once per process, device, dtype, convention of offsets and number of channels, did not give what the
+    modules give. It compiles the kernels (some seconds the first time), so it must not happen inside the capture of a
+    CUDA graph.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -88,7 +88,8 @@ def applies(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> bool:
     if _obstacle(blocks, features) is not None:
         return False
     dtype = _compute_dtype(features[0])
-    return all(_passes_trial(device, dtype, *shape) for shape in {_shape(block) for block in blocks})
+    kinds = {(*_shape(block), block.spatial.coarse_offsets) for block in blocks}
+    return all(_passes_trial(device, dtype, *kind) for kind in kinds)
 
 
 def _obstacle(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> str | None:
@@ -131,12 +132,21 @@ def _shape(block: DyHeadBlock) -> tuple[int, int]:
     return channels, outputs
 
 
-def _passes_trial(device: torch.device, dtype: torch.dtype, channels: int, outputs: int) -> bool:
-    return _trial(device, dtype, channels, outputs, op._precision(dtype))
+def _passes_trial(
+    device: torch.device, dtype: torch.dtype, channels: int, outputs: int, coarse_offsets: CoarseOffsets
+) -> bool:
+    return _trial(device, dtype, channels, outputs, coarse_offsets, op._precision(dtype))
 
 
 @functools.cache
-def _trial(device: torch.device, dtype: torch.dtype, channels: int, outputs: int, precision: str) -> bool:
+def _trial(
+    device: torch.device,
+    dtype: torch.dtype,
+    channels: int,
+    outputs: int,
+    coarse_offsets: CoarseOffsets,
+    precision: str,
+) -> bool:
     """Whether a block on a small pyramid comes out on this device as its modules compute it in float64 on the CPU.
 
     With the channels that are to be computed, since it depends on them whether a GPU has the registers and the memory
@@ -148,10 +158,12 @@ def _trial(device: torch.device, dtype: torch.dtype, channels: int, outputs: int
     cpu = torch.device("cpu")
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]), cpu:
         torch.manual_seed(0)
-        block = DyHeadBlock(channels, outputs, zero_init_offset=False).to(dtype).eval()
-        features = [torch.randn(2, channels, *size).to(dtype) for size in sizes]
-        exact = DyHeadBlock(channels, outputs).double().eval()
+        block, exact = (
+            DyHeadBlock(channels, outputs, coarse_offsets=coarse_offsets, zero_init_offset=False).eval().to(kind)
+            for kind in (dtype, torch.float64)
+        )
         exact.load_state_dict(block.state_dict())
+        features = [torch.randn(2, channels, *size).to(dtype) for size in sizes]
         with torch.autocast("cpu", enabled=False):
             expected = exact([x.double() for x in features])
         try:
@@ -237,7 +249,7 @@ def _convolve(spatial: SpatialAttention, table: Tensor, fields: Tensor, problem:
     convs = [getattr(spatial, f"conv_{branch}") for branch in _BRANCHES]
     rows, finest = len(table), problem.pyramid.start(1)
     tiles = convolution_tiles(problem.dtype, problem.channels, problem.outputs)
-    count = 3 * problem.tiles(tiles.pixels) - 2 * (problem.tiles(tiles.pixels) - problem.tiles(tiles.pixels, 1))
+    count = problem.tiles(tiles.pixels) + 2 * problem.tiles(tiles.pixels, first_level=1)
     maps = table.new_empty((3 * rows - 2 * finest, problem.outputs))
     partial = table.new_empty((3, count, problem.outputs), dtype=torch.float32)
     _launch(

@@ -2,7 +2,7 @@
 
 Checked in Triton's interpreter and compiled for compute capabilities 8.0 and 9.0, but **not yet run on a GPU**: no
 speed is claimed, and the tile sizes below were chosen by what the compiler says of registers. ``hub/gpu_check.py``
-checks and measures everything in one command. (In inference ``layers/dyhead_cuda.py`` runs whole DyHead blocks instead.)
+checks and measures everything in one command. (In inference ``layers/dyhead_cuda.py`` runs whole blocks of DyHead.)
 
 The reference writes the samples of all taps, 9 times the input, to memory, for a matrix product to read. Here each
 program makes the samples of its tile of pixels, a few channels of one tap at a time, and multiplies them by the weights

@@ -145,7 +145,20 @@ def test_what_is_not_finite_spreads_as_through_the_modules() -> None:
 class Operators(TorchDispatchMode):
     """Counts the operators of PyTorch that compute or copy, each of which would be a launch."""
 
-    FREE = frozenset(("empty", "empty_like", "new_empty", "view", "permute", "slice", "select", "alias", "detach"))
+    FREE = frozenset(
+        (
+            "empty",
+            "empty_like",
+            "new_empty",
+            "view",
+            "permute",
+            "slice",
+            "select",
+            "split_with_sizes",
+            "alias",
+            "detach",
+        )
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -31,11 +31,24 @@ from torch.utils.checkpoint import checkpoint
 from dyhead_zoo.layers import dyhead_cuda, dyhead_inference
 from dyhead_zoo.ops import modulated_deform_conv2d
 from dyhead_zoo.ops.deform_conv import Backend
-from dyhead_zoo.ops.deform_conv_cpu import Linear, as_matrix, packed_linear
+from dyhead_zoo.ops.deform_conv_cpu import (
+    INT32_LIMIT,
+    Convolution,
+    Geometry,
+    Linear,
+    as_matrix,
+    as_table,
+    border_is_finite,
+    convolve_table,
+    joined,
+    packed_linear,
+)
+from dyhead_zoo.ops.pyramid import Pyramid
 
 CoarseOffsets = Literal["reinterpret", "aligned"]
 Field = tuple[Tensor, Tensor]  # offsets and masks of a level
 _GROUPS = 16  # of GroupNorm, as in the released code
+_SAMPLED = {"mid": 0, "low": -1, "high": 1}  # the branches: which level each samples, counted from its own
 
 
 class BlockAttention(NamedTuple):
@@ -220,10 +233,6 @@ class SpatialAttention(nn.Module):
         batch, channels = field.shape[:2]
         return field.flatten(1)[:, : channels * size[0] * size[1]].reshape(batch, channels, *size)
 
-    def _branch(self, name: str, x: Tensor, field: Field | None) -> Tensor:
-        conv, norm = getattr(self, f"conv_{name}"), getattr(self, f"norm_{name}")
-        return norm(conv(x, *field) if field else conv(x))
-
     def fields(self, features: list[Tensor]) -> list[Field | None]:
         """Offsets (B, 18, H_l, W_l) and masks (B, 9, H_l, W_l) of each level; None for ordinary convolutions."""
         if self.offset is None:
@@ -232,20 +241,92 @@ class SpatialAttention(nn.Module):
         predicted = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in predicted]  # positions need the digits
         return [(p[:, :18], p[:, 18:].sigmoid()) for p in predicted]
 
-    def forward(self, features: list[Tensor], fields: list[Field | None]) -> list[list[Tensor]]:
+    def table(self, features: list[Tensor]) -> Tensor | None:
+        """The pixels of all levels, (rows, C), where the convolutions can take them together; else None.
+
+        They can with gradients on a CPU, by backend 'auto', without hooks on the convolutions. Then weights are laid
+        out, and get their gradients, once and not once for each level (``convolve_table``).
+        """
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        if any(x.device.type != "cpu" or x.dtype != features[0].dtype for x in features):
+            return None
+        convs = [getattr(self, f"conv_{name}") for name in _SAMPLED if self._served(name, len(features))]
+        plain = all(type(conv) is DeformConv3x3 and conv.backend == "auto" for conv in convs)
+        if not plain or any(conv._forward_hooks or conv._forward_pre_hooks for conv in convs):
+            return None
+        pyramid = Pyramid.of(features)
+        countable = 0 < 36 * pyramid.start(len(features)) < INT32_LIMIT  # entries of a plan: nine taps, four corners
+        if not countable or not all(map(border_is_finite, features)):
+            return None
+        return joined([as_table(x) for x in features])
+
+    def forward(
+        self, features: list[Tensor], fields: list[Field | None], table: Tensor | None = None
+    ) -> list[list[Tensor]]:
+        """The branches of each level; ``table``, if there is one, comes from the method and holds ``features``."""
+        convolved = self._one_by_one(features, fields) if table is None else self._together(table, features, fields)
         levels = []
-        for level, (x, field) in enumerate(zip(features, fields, strict=True)):
-            branches = [self._branch("mid", x, field)]
-            if level > 0:
-                branches.append(self._branch("low", features[level - 1], field))
-            if level + 1 < len(features):
-                coarse = features[level + 1]
-                size = (coarse.shape[-2], coarse.shape[-1])
-                coarse_field = field and (self._coarse(field[0], size), self._coarse(field[1], size))
-                high = self._branch("high", coarse, coarse_field)
-                branches.append(F.interpolate(high, size=x.shape[-2:], mode="bilinear", align_corners=True))
+        for level, x in enumerate(features):
+            branches = []
+            for name in _SAMPLED:
+                if level not in self._served(name, len(features)):
+                    continue
+                branch = getattr(self, f"norm_{name}")(convolved[name][level])
+                if name == "high":
+                    branch = F.interpolate(branch, size=x.shape[-2:], mode="bilinear", align_corners=True)
+                branches.append(branch)
             levels.append(branches)
         return levels
+
+    @staticmethod
+    def _served(name: str, count: int) -> range:
+        """The levels, of ``count``, that have this branch."""
+        return range(int(name == "low"), count - int(name == "high"))
+
+    def _field(self, name: str, level: int, features: list[Tensor], fields: list[Field | None]) -> Field | None:
+        """Where a branch of a level samples."""
+        field = fields[level]
+        if name != "high" or field is None:
+            return field
+        size = (features[level + 1].shape[-2], features[level + 1].shape[-1])
+        return self._coarse(field[0], size), self._coarse(field[1], size)
+
+    def _one_by_one(self, features: list[Tensor], fields: list[Field | None]) -> dict[str, dict[int, Tensor]]:
+        """What the convolutions give, by branch and level."""
+        convolved: dict[str, dict[int, Tensor]] = {name: {} for name in _SAMPLED}
+        for level in range(len(features)):
+            for name, neighbour in _SAMPLED.items():
+                if level in self._served(name, len(features)):
+                    field = self._field(name, level, features, fields)
+                    conv, x = getattr(self, f"conv_{name}"), features[level + neighbour]
+                    convolved[name][level] = conv(x, *field) if field else conv(x)
+        return convolved
+
+    def _together(
+        self, table: Tensor, features: list[Tensor], fields: list[Field | None]
+    ) -> dict[str, dict[int, Tensor]]:
+        """The same for features that lie in a table."""
+        pyramid = Pyramid.of(features)
+        convolutions: dict[str, Convolution] = {}
+        for name, neighbour in _SAMPLED.items():
+            levels = self._served(name, len(features))
+            if not levels:
+                continue
+            conv = cast(DeformConv3x3, getattr(self, f"conv_{name}"))
+            sources = [(pyramid.start(level + neighbour), pyramid.sizes[level + neighbour]) for level in levels]
+            served = [cast("Field", self._field(name, level, features, fields)) for level in levels]
+            geometry = Geometry((3, 3), (conv.stride, conv.stride), (1, 1), (1, 1))
+            convolutions[name] = Convolution(sources, served, conv.weight, conv.bias, geometry)
+        if torch.is_autocast_enabled("cpu") and table.dtype != torch.float64:
+            table = table.to(torch.get_autocast_dtype("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            outputs = convolve_table(table, list(convolutions.values()))
+        convolved: dict[str, dict[int, Tensor]] = {}
+        for (name, convolution), out in zip(convolutions.items(), outputs, strict=True):
+            maps = Pyramid.of([offset for offset, _ in convolution.fields]).maps(out)
+            convolved[name] = dict(zip(self._served(name, len(features)), maps, strict=True))
+        return convolved
 
 
 class DyHeadBlock(nn.Module):
@@ -290,9 +371,12 @@ class DyHeadBlock(nn.Module):
 
     def forward(self, features: list[Tensor], trace: Trace | None = None) -> list[Tensor]:
         """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse; appends its attentions to ``trace``."""
+        table = self.spatial.table(features)
+        if table is not None:
+            features = Pyramid.of(features).maps(table)
         fields = self.spatial.fields(features)
         outputs, weights, coefficients = [], [], []
-        for branches in self.spatial(features, fields):
+        for branches in self.spatial(features, fields, table):
             if self.scale is not None:
                 weight = [self.scale(branch) for branch in branches]
                 branches = [w * branch for w, branch in zip(weight, branches, strict=True)]

@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dyhead_zoo.layers.dyhead_inference import _Pyramid, _pyramid_of
 from dyhead_zoo.ops import deform_conv_triton as op
 from dyhead_zoo.ops.deform_conv_cpu import as_matrix
+from dyhead_zoo.ops.pyramid import Pyramid
 
 if TYPE_CHECKING:
     from dyhead_zoo.layers.dyhead import CoarseOffsets, DeformConv3x3, DyHeadBlock, SpatialAttention
@@ -50,7 +50,7 @@ _TRIAL_FINEST = (9, 6)
 class _Problem(NamedTuple):
     """What the kernels of a block have in common."""
 
-    pyramid: _Pyramid
+    pyramid: Pyramid
     channels: int
     outputs: int
     dtype: torch.dtype
@@ -104,7 +104,7 @@ def _obstacle(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> str 
             return "a block has hooks, or parts that are not its own"
         if cast("nn.Conv2d", block.spatial.offset).weight.device != features[0].device:
             return "weights and features are on different devices"
-    pyramid = _pyramid_of(features)
+    pyramid = Pyramid.of(features)
     if not 0 < 3 * pyramid.start(len(features)) * _FIELD < _INT32_LIMIT:
         return "there are no pixels, or more than int32 can count"
     return None
@@ -192,14 +192,14 @@ def forward(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> list[T
     Returns:
         L x (B, C_out, H_l, W_l) in channels_last, of the dtype of ``features``, views of one tensor.
     """
-    pyramid = _pyramid_of(features)
+    pyramid = Pyramid.of(features)
     dtype = _compute_dtype(features[0])
     table = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in features]).to(dtype)
     with torch.cuda.device_of(table):
         for block in blocks:
             problem = _Problem(pyramid, *_shape(block), dtype)
             table = _block(block, table, problem, features[0].dtype if block is blocks[-1] else dtype)
-    return [pyramid.maps(table, level) for level in range(len(features))]
+    return pyramid.maps(table)
 
 
 def _block(block: DyHeadBlock, table: Tensor, problem: _Problem, out_dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,7 @@ from dyhead_zoo.ops.deform_conv_cpu import (
     sample_and_contract,
     write_plan,
 )
+from dyhead_zoo.ops.pyramid import Pyramid
 
 if TYPE_CHECKING:
     from dyhead_zoo.layers.dyhead import DyHeadBlock, Field
@@ -41,31 +42,6 @@ Size = tuple[int, int]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _CHUNK_ROWS = 256  # rows that are combined at a time: what is read, made and written stays in the cache
-
-
-class _Pyramid(NamedTuple):
-    """How the levels lie in a table of pixels: level after level, and in a level image after image, row after row."""
-
-    batch: int
-    sizes: tuple[Size, ...]
-
-    def pixels(self, level: int) -> int:
-        """Pixels of a level, of one image."""
-        return self.sizes[level][0] * self.sizes[level][1]
-
-    def start(self, level: int) -> int:
-        """The first row of a level."""
-        return self.batch * sum(map(self.pixels, range(level)))
-
-    def rows(self, level: int) -> slice:
-        """The rows of a level."""
-        start = self.start(level)
-        return slice(start, start + self.batch * self.pixels(level))
-
-    def maps(self, table: Tensor, level: int) -> Tensor:
-        """A level of a table as a channels_last map (B, C, H, W), a view."""
-        height, width = self.sizes[level]
-        return table[self.rows(level)].view(self.batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class _Branch(NamedTuple):
@@ -97,17 +73,13 @@ def applies(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> bool:
     dtype = features[0].dtype
     if dtype not in _DTYPES or any(x.device.type != "cpu" or x.dtype != dtype for x in features):
         return False
-    pyramid = _pyramid_of(features)
+    pyramid = Pyramid.of(features)
     halving = all(
         ((height + 1) // 2, (width + 1) // 2) == coarse
         for (height, width), coarse in zip(pyramid.sizes, pyramid.sizes[1:], strict=False)
     )
     samples = pyramid.start(len(features)) * 9 * 4
     return halving and 0 < samples < INT32_LIMIT and all(block.is_standard for block in blocks)
-
-
-def _pyramid_of(features: Sequence[Tensor]) -> _Pyramid:
-    return _Pyramid(len(features[0]), tuple((x.shape[2], x.shape[3]) for x in features))
 
 
 def forward(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> list[Tensor]:
@@ -122,20 +94,20 @@ def forward(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> list[T
     Returns:
         L x (B, C_out, H_l, W_l) in channels_last, views of one tensor.
     """
-    pyramid = _pyramid_of(features)
+    pyramid = Pyramid.of(features)
     dtype = features[0].dtype
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
     table = torch.cat([as_table(x) for x in features]).to(dtype)
     for block in blocks:
         table = _block(block, table, pyramid, features[0].dtype if block is blocks[-1] else dtype)
-    return [pyramid.maps(table, level) for level in range(len(features))]
+    return pyramid.maps(table)
 
 
-def _block(block: DyHeadBlock, table: Tensor, pyramid: _Pyramid, out_dtype: torch.dtype) -> Tensor:
+def _block(block: DyHeadBlock, table: Tensor, pyramid: Pyramid, out_dtype: torch.dtype) -> Tensor:
     """One block on a table (rows, C): another, (rows, C_out)."""
     count, batch = len(pyramid.sizes), pyramid.batch
-    fields = [block.spatial.fields([pyramid.maps(table, level)])[0] for level in range(count)]
+    fields = block.spatial.fields(pyramid.maps(table))
     branches = [_branch(block, "mid", table, pyramid, range(count), fields)]
     if count > 1:
         branches.append(_branch(block, "low", table, pyramid, range(1, count), fields))
@@ -157,7 +129,7 @@ def _block(block: DyHeadBlock, table: Tensor, pyramid: _Pyramid, out_dtype: torc
 
 
 def _branch(
-    block: DyHeadBlock, name: str, table: Tensor, pyramid: _Pyramid, levels: range, fields: Sequence[Field | None]
+    block: DyHeadBlock, name: str, table: Tensor, pyramid: Pyramid, levels: range, fields: Sequence[Field | None]
 ) -> _Branch:
     """A convolution of the table on all the ``levels`` that it serves, and the coefficients of what follows it."""
     spatial = block.spatial
@@ -190,7 +162,7 @@ def _branch(
     return _Branch(levels, out, [m.flatten(0, 2) for m in maps], scale * factor, shift * factor, pooled * factor)
 
 
-def _branch_factor(block: DyHeadBlock, pooled: Tensor, levels: range, pyramid: _Pyramid) -> Tensor:
+def _branch_factor(block: DyHeadBlock, pooled: Tensor, levels: range, pyramid: Pyramid) -> Tensor:
     """ScaleAttention's gate of each map over the number of branches of its level: (N·B, 1)."""
     last = len(pyramid.sizes) - 1
     branches = torch.tensor([1 + (level > 0) + (level < last) for level in levels], dtype=pooled.dtype)

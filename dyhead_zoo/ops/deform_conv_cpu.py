@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +68,7 @@ def deform_conv2d(
     x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """The three steps above, for arguments that ``modulated_deform_conv2d`` has checked; channels_last output."""
-    if not _border_is_finite(x):
+    if not border_is_finite(x):
         (top, left), x = geometry.padding, F.pad(x, (1, 1, 1, 1))
         geometry = geometry._replace(padding=(top - 1, left - 1))
     groups, offset_groups = x.shape[1] // weight.shape[1], offset.shape[1] // (2 * geometry.taps)
@@ -98,14 +98,57 @@ def _one_group(
     batch, _, out_h, out_w = offset.shape
     dtype = position_dtype(x.dtype)
     offset, mask = offset.to(dtype), None if mask is None else mask.to(dtype)
-    table, matrix, in_size = as_table(x), as_matrix(weight), (x.shape[2], x.shape[3])
-    inputs = (table, offset, mask, matrix, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        index, sample_weight = sampling_plan(offset, mask, in_size, geometry)
-        out = _SampleAndContract.apply(table, index, sample_weight.to(x.dtype), matrix, bias)
+    table, in_size = as_table(x), (x.shape[2], x.shape[3])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, offset, mask, weight, bias)):
+        (out,) = convolve_table(table, [Convolution([(0, in_size)], [(offset, mask)], weight, bias, geometry)])
     else:
-        out = _without_gradients(table, offset, mask, in_size, geometry, matrix, bias)
+        out = _without_gradients(table, offset, mask, in_size, geometry, as_matrix(weight), bias)
     return out.view(batch, out_h, out_w, -1).permute(0, 3, 1, 2)
+
+
+class Convolution(NamedTuple):
+    """Deformable convolutions of some of the maps in a table, with the same weights.
+
+    Attributes:
+        sources: for each map of the output the first row of the map that it samples, and that map's (height, width).
+        fields: for each its offsets (B, 2·K, Ho, Wo) and masks (B, K, Ho, Wo), float32 or float64.
+        weight: (O, C, kh, kw).
+        bias: (O,) or None.
+        geometry: of the kernel.
+    """
+
+    sources: Sequence[tuple[int, Pair]]
+    fields: Sequence[tuple[Tensor, Tensor | None]]
+    weight: Tensor
+    bias: Tensor | None
+    geometry: Geometry
+
+
+def convolve_table(table: Tensor, convolutions: Sequence[Convolution]) -> list[Tensor]:
+    """Convolutions of the maps in one table (R, C), differentiable; see ``deform_conv2d`` for a single one.
+
+    Each weight is laid out once and gets its gradient at once for all maps that it serves, small maps share matrix
+    products, and all convolutions add to one gradient of the table.
+
+    Returns:
+        For each convolution (P, O), a row for each output pixel: map after map, image after image, row after row. Of
+        the dtype of ``table``, to which weights and biases are converted.
+    """
+    inputs: list[Tensor | None] = []
+    for sources, fields, weight, bias, geometry in convolutions:
+        plans = [
+            sampling_plan(offset, mask, size, geometry, first_row)
+            for (offset, mask), (first_row, size) in zip(fields, sources, strict=True)
+        ]
+        index, sample_weight = (joined(parts) for parts in zip(*plans, strict=True))
+        matrix = as_matrix(weight).to(table.dtype)
+        inputs += [index, sample_weight.to(table.dtype), matrix, None if bias is None else bias.to(table.dtype)]
+    return list(_SampleAndContract.apply(table, *inputs))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """One below the other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _without_gradients(
@@ -143,8 +186,7 @@ def as_table(x: Tensor) -> Tensor:
     if x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
     # image by image: the copy of a 2-D transpose is blocked, that of a 4-D permutation is not and takes twice as long
-    images = [image.flatten(1).t().contiguous() for image in x]
-    return images[0] if len(images) == 1 else torch.cat(images)
+    return joined([image.flatten(1).t().contiguous() for image in x])
 
 
 def as_matrix(weight: Tensor) -> Tensor:
@@ -152,8 +194,8 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
-def _border_is_finite(x: Tensor) -> bool:
-    """Whether the outermost pixels, the only ones that stand in for others, hold neither Inf nor NaN."""
+def border_is_finite(x: Tensor) -> bool:
+    """Whether the outermost pixels of (B, C, H, W), which alone stand in for others, hold neither Inf nor NaN."""
     strips = (x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1])
     return all(bool(strip.detach().sum(dtype=position_dtype(x.dtype)).isfinite()) for strip in strips)
 
@@ -404,41 +446,60 @@ def sample_and_contract(
 
 
 class _SampleAndContract(torch.autograd.Function):
-    """``sample_and_contract`` with gradients of table, weights of the samples, matrix and bias."""
+    """``sample_and_contract`` of one table by several matrices, with gradients.
+
+    The inputs after the table are, for each of the matrices: index, weights of the samples, matrix and bias.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, table: Tensor, index: Tensor, sample_weight: Tensor, matrix: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(table, index, sample_weight, matrix)
-        return sample_and_contract(table, index, sample_weight, matrix, bias)
+    def forward(ctx: Any, table: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(table, *inputs)
+        return tuple(sample_and_contract(table, *one) for one in _fours(inputs))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        table, index, sample_weight, matrix = ctx.saved_tensors
+    def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
+        table, *inputs = ctx.saved_tensors
+        # sums over many chunks
+        grad_table = torch.zeros_like(table, dtype=position_dtype(table.dtype)) if ctx.needs_input_grad[0] else None
+        needs = _fours(ctx.needs_input_grad[1:])
+        grads: list[Tensor | None] = []
         # backward() may be called inside an autocast region, which would change the dtype of the products
-        with torch.autocast(grad_out.device.type, enabled=False):
-            return _backward(grad_out.contiguous(), table, index, sample_weight, matrix, ctx.needs_input_grad)
+        with torch.autocast(table.device.type, enabled=False):
+            for grad_out, (index, sample_weight, matrix, _), need in zip(grads_out, _fours(inputs), needs, strict=True):
+                grads += _backward(grad_out.contiguous(), table, index, sample_weight, matrix, need, grad_table)
+        return None if grad_table is None else grad_table.to(table.dtype), *grads
+
+
+def _fours(values: Sequence[Any]) -> list[Sequence[Any]]:
+    return [values[start : start + 4] for start in range(0, len(values), 4)]
 
 
 def _backward(
-    grad_out: Tensor, table: Tensor, index: Tensor, sample_weight: Tensor, matrix: Tensor, needs: tuple[bool, ...]
+    grad_out: Tensor,
+    table: Tensor,
+    index: Tensor,
+    sample_weight: Tensor,
+    matrix: Tensor,
+    needs: Sequence[bool],
+    grad_table: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the five inputs of ``_SampleAndContract``, None for those that ``needs`` does not ask for."""
-    need_table, _, need_sample_weight, need_matrix, need_bias = needs
+    """Gradients for one of the matrices; adds to ``grad_table`` if there is one.
+
+    Returns:
+        Those of index (None), weights of the samples, matrix and bias; None for what ``needs`` does not ask for.
+    """
+    _, need_sample_weight, need_matrix, need_bias = needs
     rows, channels = table.shape
     pixels, per_pixel = len(grad_out), matrix.shape[1] // channels * 4
     chunk = min(_chunk_pixels() // 2, pixels)  # half: samples and their gradients are in the cache together
-    sum_dtype = position_dtype(table.dtype)  # sums over many chunks
-    grad_table = torch.zeros_like(table, dtype=sum_dtype) if need_table else None
     grad_sample_weight = torch.empty_like(sample_weight) if need_sample_weight else None
-    grad_matrix = torch.zeros_like(matrix, dtype=sum_dtype) if need_matrix else None
+    grad_matrix = torch.zeros_like(matrix, dtype=position_dtype(table.dtype)) if need_matrix else None
     bag_starts = torch.arange(0, chunk * per_pixel, 4, dtype=torch.int32, device=table.device)
     # shifts in place of // 4 here and below: integer division is not vectorised
     bag_of_sample = torch.arange(chunk * per_pixel, dtype=torch.int32, device=table.device) >> 2
     buffer = matrix.new_empty(chunk, matrix.shape[1])  # a new one for each chunk costs page faults
-    readers = _readers(index, rows, chunk * per_pixel) if need_table else None
+    readers = None if grad_table is None else _readers(index, rows, chunk * per_pixel)
     for number, start in enumerate(range(0, pixels, chunk)):
         part = slice(start * per_pixel, (start + chunk) * per_pixel)
         part_index, part_weight, part_grad = index[part], sample_weight[part], grad_out[start : start + chunk]
@@ -458,7 +519,6 @@ def _backward(
             row, corner = readers[0][part] - number * rows, (readers[1][part] - start * per_pixel).to(torch.int32)
             _scatter(grad_table, row, corner, grad_samples, part_weight)
     return (
-        None if grad_table is None else grad_table.to(table.dtype),
         None,
         grad_sample_weight,
         None if grad_matrix is None else grad_matrix.to(matrix.dtype),

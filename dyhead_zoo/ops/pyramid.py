@@ -1,0 +1,41 @@
+"""How the levels of a feature pyramid lie in one table of pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dyhead_zoo.ops.deform_conv_cpu import Pair
+
+
+class Pyramid(NamedTuple):
+    """The layout: level after level, and in a level image after image, row after row.
+
+    Attributes:
+        batch: images.
+        sizes: (height, width) of each level.
+    """
+
+    batch: int
+    sizes: tuple[Pair, ...]
+
+    @classmethod
+    def of(cls, features: Sequence[Tensor]) -> Pyramid:
+        """That of maps (B, C, H_l, W_l)."""
+        return cls(len(features[0]), tuple((x.shape[2], x.shape[3]) for x in features))
+
+    def pixels(self, level: int) -> int:
+        """Pixels of a level, of one image."""
+        return self.sizes[level][0] * self.sizes[level][1]
+
+    def start(self, level: int) -> int:
+        """The first row of a level; for the number of levels: how many rows there are."""
+        return self.batch * sum(map(self.pixels, range(level)))
+
+    def maps(self, table: Tensor) -> list[Tensor]:
+        """All levels of a table (rows, C) as channels_last maps (B, C, H_l, W_l), views."""
+        lengths = [self.batch * self.pixels(level) for level in range(len(self.sizes))]
+        parts = zip(table.split(lengths), self.sizes, strict=True)
+        return [rows.view(self.batch, *size, -1).permute(0, 3, 1, 2) for rows, size in parts]

@@ -230,8 +230,10 @@ class SpatialAttention(nn.Module):
         """Offsets or masks (B, K, H, W) of a level for its coarser neighbour of ``size``: (B, K, h, w)."""
         if self.coarse_offsets == "aligned":
             return F.adaptive_avg_pool2d(field, size)
-        batch, channels = field.shape[:2]
-        return field.flatten(1)[:, : channels * size[0] * size[1]].reshape(batch, channels, *size)
+        batch, channels, height, width = field.shape
+        numbers = channels * size[0] * size[1]
+        read = field[:, : -(-numbers // (height * width))]  # the channels that hold them
+        return read.flatten(1)[:, :numbers].reshape(batch, channels, *size)
 
     def fields(self, features: list[Tensor]) -> list[Field | None]:
         """Offsets (B, 18, H_l, W_l) and masks (B, 9, H_l, W_l) of each level; None for ordinary convolutions."""

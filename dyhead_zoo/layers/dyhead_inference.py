@@ -36,7 +36,7 @@ from dyhead_zoo.ops.deform_conv_cpu import (
 from dyhead_zoo.ops.pyramid import Pyramid
 
 if TYPE_CHECKING:
-    from dyhead_zoo.layers.dyhead import DyHeadBlock, Field
+    from dyhead_zoo.layers.dyhead import DyHeadBlock, Field, SpatialAttention
 
 Size = tuple[int, int]
 
@@ -45,22 +45,24 @@ _CHUNK_ROWS = 256  # rows that are combined at a time: what is read, made and wr
 
 
 class _Branch(NamedTuple):
-    """One of the three convolutions on the levels that it serves, and what follows from its statistics.
+    """One of the three convolutions on the levels that it serves.
 
     Attributes:
         levels: that it serves, N of them.
+        norm: what follows it.
         out: (rows, C), what the convolution gave for all of them.
         maps: per level (B·H·W, C), the convolution's output, upsampled where that belongs to the branch.
-        scale, shift: (N·B, C), of ``gate · GroupNorm / n`` as an affine map of each channel.
-        pooled: (N·B, C), the mean of ``gate · GroupNorm / n`` over each map.
+        mean, variance: (N·B, C), of each channel before upsampling.
+        final_mean: likewise, after it.
     """
 
     levels: range
+    norm: nn.GroupNorm
     out: Tensor
     maps: list[Tensor]
-    scale: Tensor
-    shift: Tensor
-    pooled: Tensor
+    mean: Tensor
+    variance: Tensor
+    final_mean: Tensor
 
 
 def applies(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> bool:
@@ -108,31 +110,41 @@ def _block(block: DyHeadBlock, table: Tensor, pyramid: Pyramid, out_dtype: torch
     """One block on a table (rows, C): another, (rows, C_out)."""
     count, batch = len(pyramid.sizes), pyramid.batch
     fields = block.spatial.fields(pyramid.maps(table))
-    branches = [_branch(block, "mid", table, pyramid, range(count), fields)]
+    branches = [_branch(block.spatial, "mid", table, pyramid, range(count), fields)]
     if count > 1:
-        branches.append(_branch(block, "low", table, pyramid, range(1, count), fields))
-        branches.append(_branch(block, "high", table, pyramid, range(count - 1), fields))
-    shift, pooled = (torch.zeros_like(branches[0].shift) for _ in range(2))
-    for branch in branches:
-        served = slice(branch.levels.start * batch, branch.levels.stop * batch)
-        shift[served] += branch.shift
-        pooled[served] += branch.pooled
-    pieces = _pieces(block, shift, pooled)
+        branches.append(_branch(block.spatial, "low", table, pyramid, range(1, count), fields))
+        branches.append(_branch(block.spatial, "high", table, pyramid, range(count - 1), fields))
+    served = torch.tensor([level * batch + image for b in branches for level in b.levels for image in range(batch)])
+    scale, shift = _group_norms(branches)
+    pooled = torch.cat([branch.final_mean for branch in branches]) * scale + shift
+    factor = 1 / served.bincount().to(pooled.dtype)[served, None]
+    if block.scale is not None:
+        factor = factor * block.scale(pooled[:, :, None, None]).flatten(1)  # the mean of a single pixel is that pixel
+    sums = pooled.new_zeros(2, count * batch, pooled.shape[1])
+    pieces = _pieces(block, *sums.index_add_(1, served, torch.stack((shift, pooled)) * factor))
+    scales = (scale * factor).split([len(branch.mean) for branch in branches])
     for level in range(count):
-        served_by = [(branch, level - branch.levels.start) for branch in branches if level in branch.levels]
+        serving = [
+            (branch.maps[level - branch.levels.start], rows[(level - branch.levels.start) * batch :])
+            for branch, rows in zip(branches, scales, strict=True)
+            if level in branch.levels
+        ]
         for image in range(batch):
             rows = slice(image * pyramid.pixels(level), (image + 1) * pyramid.pixels(level))
-            maps = [branch.maps[place][rows] for branch, place in served_by]
-            scales = [branch.scale[place * batch + image] for branch, place in served_by]
-            _combine(maps, scales, [tuple(p[:, level * batch + image]) for p in pieces])
+            affine = [tuple(p[:, level * batch + image]) for p in pieces]
+            _combine([m[rows] for m, _ in serving], [scale[image] for _, scale in serving], affine)
     return branches[0].out.to(out_dtype)
 
 
 def _branch(
-    block: DyHeadBlock, name: str, table: Tensor, pyramid: Pyramid, levels: range, fields: Sequence[Field | None]
+    spatial: SpatialAttention,
+    name: str,
+    table: Tensor,
+    pyramid: Pyramid,
+    levels: range,
+    fields: Sequence[Field | None],
 ) -> _Branch:
-    """A convolution of the table on all the ``levels`` that it serves, and the coefficients of what follows it."""
-    spatial = block.spatial
+    """A convolution of the table on all the ``levels`` that it serves, and the statistics of what it gives."""
     conv, norm = getattr(spatial, f"conv_{name}"), getattr(spatial, f"norm_{name}")
     sources = [level + {"low": -1, "mid": 0, "high": 1}[name] for level in levels]
     geometry = Geometry((3, 3), (conv.stride, conv.stride), (1, 1), (1, 1))
@@ -152,25 +164,12 @@ def _branch(
     out = sample_and_contract(table, index.flatten(), weight.flatten(), matrix, bias, linear).to(norm.weight.dtype)
     maps = [m.view(pyramid.batch, h, w, -1) for m, (h, w) in zip(out.split(lengths), sizes, strict=True)]
     mean, variance = (torch.cat(values) for values in zip(*map(_statistics, maps), strict=True))
-    scale, shift = _group_norm(norm, mean, variance)
+    final_mean = mean
     if name == "high":
         targets = [pyramid.sizes[level] for level in levels]
-        mean = torch.cat([_upsampled_mean(m, size) for m, size in zip(maps, targets, strict=True)])
+        final_mean = torch.cat([_upsampled_mean(m, size) for m, size in zip(maps, targets, strict=True)])
         maps = [_upsample(m, size) for m, size in zip(maps, targets, strict=True)]
-    pooled = mean * scale + shift
-    factor = _branch_factor(block, pooled, levels, pyramid)
-    return _Branch(levels, out, [m.flatten(0, 2) for m in maps], scale * factor, shift * factor, pooled * factor)
-
-
-def _branch_factor(block: DyHeadBlock, pooled: Tensor, levels: range, pyramid: Pyramid) -> Tensor:
-    """ScaleAttention's gate of each map over the number of branches of its level: (N·B, 1)."""
-    last = len(pyramid.sizes) - 1
-    branches = torch.tensor([1 + (level > 0) + (level < last) for level in levels], dtype=pooled.dtype)
-    factor = 1 / branches.repeat_interleave(pyramid.batch)[:, None]
-    if block.scale is None:
-        return factor
-    # the mean of a map is its own mean
-    return factor * block.scale(pooled[:, :, None, None]).flatten(1)
+    return _Branch(levels, norm, out, [m.flatten(0, 2) for m in maps], mean, variance, final_mean)
 
 
 def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,13 +201,20 @@ def _moments_work() -> bool:
         return False
 
 
-def _group_norm(norm: nn.GroupNorm, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """GroupNorm as ``t -> scale t + shift`` per channel, from the channels' means and variances (N, C): (N, C) each."""
-    grouped_mean, grouped_variance = (s.unflatten(1, (norm.num_groups, -1)) for s in (mean, variance))
+def _group_norms(branches: Sequence[_Branch]) -> tuple[Tensor, Tensor]:
+    """GroupNorm of all maps as ``t -> scale t + shift`` per channel: (maps, C) each, in the order of the branches."""
+    mean, variance, weight, bias = (
+        torch.cat(values)
+        for values in zip(
+            *((b.mean, b.variance, b.norm.weight.expand_as(b.mean), b.norm.bias.expand_as(b.mean)) for b in branches),
+            strict=True,
+        )
+    )
+    grouped_mean, grouped_variance = (s.unflatten(1, (branches[0].norm.num_groups, -1)) for s in (mean, variance))
     centre = grouped_mean.mean(2, keepdim=True)
     spread = (grouped_variance + (grouped_mean - centre).square()).mean(2, keepdim=True)
-    scale = ((spread + norm.eps).rsqrt().expand_as(grouped_mean)).flatten(1) * norm.weight
-    return scale, norm.bias - scale * centre.expand_as(grouped_mean).flatten(1)
+    scale = (spread + branches[0].norm.eps).rsqrt().expand_as(grouped_mean).flatten(1) * weight
+    return scale, bias - scale * centre.expand_as(grouped_mean).flatten(1)
 
 
 def _upsample(maps: Tensor, size: Size) -> Tensor:

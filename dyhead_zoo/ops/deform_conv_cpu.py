@@ -336,9 +336,9 @@ def _write_rows(
         0 for whether they lie inside; (B, Ho, Wo, K) each.
     """
     offset = _pixels_first(offset)
-    batch, out_h, out_w, _ = offset.shape
-    grid_y, grid_x = _grid((out_h, out_w), geometry, offset, top)
-    y0, y1, *rows = _neighbours(offset[..., 0::2] + grid_y, in_size[0])
+    batch, out_h = offset.shape[:2]
+    grid_y, grid_x = _grid(geometry.out_size(in_size), geometry, offset.dtype, offset.device)
+    y0, y1, *rows = _neighbours(offset[..., 0::2] + grid_y[top : top + out_h], in_size[0])
     x0, x1, *columns = _neighbours(offset[..., 1::2] + grid_x, in_size[1])
     if first_row or batch > 1:
         images = torch.arange(batch, dtype=torch.int32, device=offset.device).view(-1, 1, 1, 1)
@@ -364,22 +364,23 @@ def _pixels_first(field: Tensor) -> Tensor:
     return as_table(field).view(batch, height, width, count)
 
 
-def _grid(out_size: Pair, geometry: Geometry, like: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Positions without offsets: rows (Ho, 1, K) from output row ``top`` on and columns (Wo, K), in input pixels."""
-    tap = torch.arange(geometry.taps, device=like.device)
-    rows, columns = (
-        torch.arange(first, first + n, device=like.device)[:, None] * stride - padding + tap_position * dilation
-        for first, n, stride, padding, dilation, tap_position in zip(
-            (top, 0),
-            out_size,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            (tap // geometry.kernel[1], tap % geometry.kernel[1]),
-            strict=True,
+@functools.lru_cache(maxsize=256)
+def _grid(out_size: Pair, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions without offsets: rows (Ho, 1, K) and columns (Wo, K), in input pixels."""
+    with torch.inference_mode(False):
+        tap = torch.arange(geometry.taps, device=device)
+        rows, columns = (
+            torch.arange(n, device=device)[:, None] * stride - padding + tap_position * dilation
+            for n, stride, padding, dilation, tap_position in zip(
+                out_size,
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+                (tap // geometry.kernel[1], tap % geometry.kernel[1]),
+                strict=True,
+            )
         )
-    )
-    return rows[:, None].to(like.dtype), columns.to(like.dtype)
+        return rows[:, None].to(dtype), columns.to(dtype)
 
 
 def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -516,8 +517,8 @@ def _backward(
                 grad_samples, table, part_index, part_starts, bag_of_sample[: len(part_index)], 0, -1
             )
         if grad_table is not None and readers is not None:
-            row, corner = readers[0][part] - number * rows, (readers[1][part] - start * per_pixel).to(torch.int32)
-            _scatter(grad_table, row, corner, grad_samples, part_weight)
+            key, position = readers[0][part], readers[1][part] - start * per_pixel
+            _scatter(grad_table, key, number * rows, position, grad_samples, part_weight)
     return (
         None,
         grad_sample_weight,
@@ -531,24 +532,35 @@ def _readers(index: Tensor, rows: int, chunk_length: int) -> tuple[Tensor, Tenso
 
     Returns:
         key: ``chunk · rows + row``, ascending.
-        position: int64, that of the entry of ``index`` that reads this row.
+        position: int32, that of the entry of ``index`` that reads this row.
     """
     chunks = -(-len(index) // chunk_length)
     key = index.to(torch.int32 if chunks * rows < INT32_LIMIT else torch.int64, copy=True)
     for number in range(1, chunks):
         key[number * chunk_length : (number + 1) * chunk_length] += number * rows
     key, position = torch.sort(key, stable=True)
-    return key, position
+    return key, position.to(torch.int32)
 
 
-def _scatter(grad_table: Tensor, row: Tensor, corner: Tensor, grad_samples: Tensor, weight: Tensor) -> None:
-    """Add to each row of ``grad_table`` the gradients of the samples that read it; ``row`` is ascending.
+def _scatter(
+    grad_table: Tensor, key: Tensor, first_key: int, position: Tensor, grad_samples: Tensor, weight: Tensor
+) -> None:
+    """Add to each row of ``grad_table`` the gradients of the samples that read it.
 
     Again this is a weighted sum per bag, one bag for each row from the first to the last that is read.
+
+    Args:
+        grad_table: (R, C).
+        key: of a chunk, from ``_readers``.
+        first_key: that of row 0 for this chunk.
+        position: likewise, counted from the first of the chunk.
+        grad_samples: (samples of the chunk, C).
+        weight: of the entries of the chunk.
     """
-    first, last = int(row[0]), int(row[-1])
-    starts = torch.searchsorted(row, torch.arange(first, last + 1, dtype=row.dtype, device=row.device), out_int32=True)
-    grad_table[first : last + 1] += _sum_bags(grad_samples, corner >> 2, starts, weight.index_select(0, corner))
+    first, last = int(key[0]), int(key[-1])
+    starts = torch.searchsorted(key, torch.arange(first, last + 1, dtype=key.dtype, device=key.device), out_int32=True)
+    sums = _sum_bags(grad_samples, position >> 2, starts, weight.index_select(0, position))
+    grad_table[first - first_key : last + 1 - first_key] += sums
 
 
 def _sum_bags(table: Tensor, index: Tensor, starts: Tensor, weight: Tensor) -> Tensor:

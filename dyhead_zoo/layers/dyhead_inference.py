@@ -18,6 +18,7 @@ Gives what ``DyHead.forward`` gives, up to rounding, with less work around the c
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -42,6 +43,23 @@ Size = tuple[int, int]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _CHUNK_ROWS = 256  # rows that are combined at a time: what is read, made and written stays in the cache
+
+
+class _Workspace:
+    """Memory that the blocks of one pass use in turn: fresh from the system, 4 kB cost about a microsecond.
+
+    What ``take`` gives holds arbitrary numbers, and is valid until the same name is taken again.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        count = math.prod(shape)
+        kept = self._tensors.get(name)
+        if kept is None or len(kept) < count or kept.dtype != dtype:
+            kept = self._tensors[name] = torch.empty(count, dtype=dtype)
+        return kept[:count].view(shape)
 
 
 class _Branch(NamedTuple):
@@ -101,19 +119,20 @@ def forward(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> list[T
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
     table = torch.cat([as_table(x) for x in features]).to(dtype)
-    for block in blocks:
-        table = _block(block, table, pyramid, features[0].dtype if block is blocks[-1] else dtype)
-    return pyramid.maps(table)
+    workspace = _Workspace()
+    for number, block in enumerate(blocks):
+        table = _block(block, table.to(dtype), pyramid, workspace, f"table {number % 2}")
+    return pyramid.maps(table.to(features[0].dtype))
 
 
-def _block(block: DyHeadBlock, table: Tensor, pyramid: Pyramid, out_dtype: torch.dtype) -> Tensor:
-    """One block on a table (rows, C): another, (rows, C_out)."""
+def _block(block: DyHeadBlock, table: Tensor, pyramid: Pyramid, workspace: _Workspace, out: str) -> Tensor:
+    """One block on a table (rows, C): another, (rows, C_out), the piece of the workspace named ``out``."""
     count, batch = len(pyramid.sizes), pyramid.batch
     fields = block.spatial.fields(pyramid.maps(table))
-    branches = [_branch(block.spatial, "mid", table, pyramid, range(count), fields)]
+    branches = [_branch(block.spatial, "mid", table, pyramid, range(count), fields, workspace, out)]
     if count > 1:
-        branches.append(_branch(block.spatial, "low", table, pyramid, range(1, count), fields))
-        branches.append(_branch(block.spatial, "high", table, pyramid, range(count - 1), fields))
+        branches.append(_branch(block.spatial, "low", table, pyramid, range(1, count), fields, workspace, "low"))
+        branches.append(_branch(block.spatial, "high", table, pyramid, range(count - 1), fields, workspace, "high"))
     served = torch.tensor([level * batch + image for b in branches for level in b.levels for image in range(batch)])
     scale, shift = _group_norms(branches)
     pooled = torch.cat([branch.final_mean for branch in branches]) * scale + shift
@@ -133,7 +152,7 @@ def _block(block: DyHeadBlock, table: Tensor, pyramid: Pyramid, out_dtype: torch
             rows = slice(image * pyramid.pixels(level), (image + 1) * pyramid.pixels(level))
             affine = [tuple(p[:, level * batch + image]) for p in pieces]
             _combine([m[rows] for m, _ in serving], [scale[image] for _, scale in serving], affine)
-    return branches[0].out.to(out_dtype)
+    return branches[0].out
 
 
 def _branch(
@@ -143,6 +162,8 @@ def _branch(
     pyramid: Pyramid,
     levels: range,
     fields: Sequence[Field | None],
+    workspace: _Workspace,
+    out_name: str,
 ) -> _Branch:
     """A convolution of the table on all the ``levels`` that it serves, and the statistics of what it gives."""
     conv, norm = getattr(spatial, f"conv_{name}"), getattr(spatial, f"norm_{name}")
@@ -150,8 +171,8 @@ def _branch(
     geometry = Geometry((3, 3), (conv.stride, conv.stride), (1, 1), (1, 1))
     sizes = [pyramid.sizes[source if name == "high" else level] for level, source in zip(levels, sources, strict=True)]
     lengths = [pyramid.batch * height * width for height, width in sizes]
-    index = torch.empty(sum(lengths), geometry.taps, 4, dtype=torch.int32)
-    weight = table.new_empty(index.shape)
+    index = workspace.take("index", (sum(lengths), geometry.taps, 4), torch.int32)
+    weight = workspace.take("weight", index.shape, table.dtype)
     parts = zip(levels, sources, index.split(lengths), weight.split(lengths), strict=True)
     for level, source, level_index, level_weight in parts:
         offset, mask = cast("Field", fields[level])
@@ -161,14 +182,18 @@ def _branch(
         write_plan(level_index, level_weight, offset, mask, size, geometry, first_row)
     matrix, bias = as_matrix(conv.weight).to(table.dtype), conv.bias.to(table.dtype)
     linear = conv.packed if table.dtype == conv.weight.dtype else None
-    out = sample_and_contract(table, index.flatten(), weight.flatten(), matrix, bias, linear).to(norm.weight.dtype)
+    out = workspace.take(out_name, (sum(lengths), len(matrix)), table.dtype)
+    sample_and_contract(table, index.flatten(), weight.flatten(), matrix, bias, linear, out)
+    out = out.to(norm.weight.dtype)
     maps = [m.view(pyramid.batch, h, w, -1) for m, (h, w) in zip(out.split(lengths), sizes, strict=True)]
     mean, variance = (torch.cat(values) for values in zip(*map(_statistics, maps), strict=True))
     final_mean = mean
     if name == "high":
         targets = [pyramid.sizes[level] for level in levels]
         final_mean = torch.cat([_upsampled_mean(m, size) for m, size in zip(maps, targets, strict=True)])
-        maps = [_upsample(m, size) for m, size in zip(maps, targets, strict=True)]
+        for place, (level, size) in enumerate(zip(levels, targets, strict=True)):
+            larger = workspace.take(f"high {level}", (pyramid.batch, *size, len(matrix)), out.dtype)
+            maps[place] = _upsample(maps[place], larger)
     return _Branch(levels, norm, out, [m.flatten(0, 2) for m in maps], mean, variance, final_mean)
 
 
@@ -217,14 +242,15 @@ def _group_norms(branches: Sequence[_Branch]) -> tuple[Tensor, Tensor]:
     return scale, bias - scale * centre.expand_as(grouped_mean).flatten(1)
 
 
-def _upsample(maps: Tensor, size: Size) -> Tensor:
-    """Maps (B, h, w, C) to (B, *size, C), bilinear, corners on corners."""
-    maps = maps.permute(0, 3, 1, 2)
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+def _upsample(maps: Tensor, out: Tensor) -> Tensor:
+    """Maps (B, h, w, C) to ``out`` (B, H, W, C), bilinear, corners on corners."""
+    size = list(out.shape[1:3])
+    torch.ops.aten.upsample_bilinear2d.out(maps.permute(0, 3, 1, 2), size, True, out=out.permute(0, 3, 1, 2))
+    return out
 
 
 def _upsampled_mean(maps: Tensor, size: Size) -> Tensor:
-    """Mean over the pixels of ``_upsample(maps, size)``, (B, C), without making it."""
+    """Mean over the pixels of maps (B, h, w, C) upsampled to ``size``, (B, C), without making them."""
     vertical, horizontal = (_axis_weights(n, to, maps.dtype) for n, to in zip(maps.shape[1:3], size, strict=True))
     return torch.outer(vertical, horizontal).flatten() @ maps.flatten(1, 2)
 

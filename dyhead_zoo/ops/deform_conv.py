@@ -11,7 +11,7 @@ where x is zero outside the map. With ``mask=None`` (m = 1) this is DCNv1 (https
 * ``torchvision``, the reference: ``torchvision.ops.deform_conv2d``, which is also what exporters understand (one
   DeformConv node in ONNX). On one CPU thread, with 256 channels, it costs 4 to 6.5 dense convolutions, and 9 to 15 with
   the backward pass.
-* ``bag``, plain PyTorch for CPUs (``deform_conv_cpu.py``): about 1.25 to 1.5 dense convolutions, in both.
+* ``bag``, plain PyTorch for CPUs (``deform_conv_cpu.py``): about 1.15 to 1.4 dense convolutions, in both.
   ``dyhead-zoo benchmark op`` measures it; it costs more when other processes contend for the cache, and with fewer
   output channels, which leave less to pay for the sampling.
 * ``triton``, one fused kernel for CUDA (``deform_conv_triton.py``).

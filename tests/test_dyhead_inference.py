@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyhead_zoo.layers import dyhead_inference
 from dyhead_zoo.layers.dyhead import DeformConv3x3, DyHead, pack_weights
@@ -161,6 +161,25 @@ def test_hooks_are_heard() -> None:
         handle.remove()
         head(features)
     assert len(heard) == 2 + 3 + 2  # branches of the three levels
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("task", nn.SiLU()),
+        ("spatial.norm_low", nn.GroupNorm(4, 32)),
+        ("spatial.norm_low.eps", 10.0),
+        ("spatial.conv_mid.forward", lambda x, *_: x[:, :1].expand(-1, 32, -1, -1)),
+    ],
+)
+def test_other_parts_are_heard(part: str, other: Any) -> None:
+    head, features = head_of(num_blocks=1), pyramid()
+    parent, _, name = f"blocks.0.{part}".rpartition(".")
+    setattr(head.get_submodule(parent), name, other)
+    with torch.no_grad():
+        ours = head(features)
+        head.fused = False
+        assert all(map(torch.equal, ours, head(features)))
 
 
 def test_export_sees_the_modules(calls: list[int]) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dyhead_zoo.layers import dyhead
 from dyhead_zoo.layers.dyhead import DyHead, SpatialAttention
@@ -143,7 +144,11 @@ def test_what_it_cannot_do_is_left_to_the_modules(tables: list[int]) -> None:
     for change in (
         lambda head: setattr(head.blocks[0].spatial.conv_mid, "backend", "torchvision"),
         lambda head: head.blocks[0].spatial.conv_low.register_forward_hook(lambda *_: None),
+        lambda head: head.blocks[0].spatial.conv_mid.register_full_backward_hook(lambda *_: None),
+        lambda head: head.blocks[0].spatial.register_forward_pre_hook(lambda *_: None),
+        lambda head: setattr(head.blocks[0].spatial.conv_mid, "forward", head.blocks[0].spatial.conv_mid.forward),
         lambda head: setattr(head.blocks[0].spatial, "conv_high", _Adapted(head.blocks[0].spatial.conv_high)),
+        lambda head: head.requires_grad_(False),
     ):
         head = head_of(num_blocks=1)
         expected = head([x.clone() for x in features])
@@ -175,3 +180,29 @@ def test_an_infinite_border_spreads_as_level_by_level(tables: list[int]) -> None
         [False, True],
         [True, True],
     ]
+
+
+def test_levels_that_do_not_halve_are_refused_as_ever() -> None:
+    block = head_of(num_blocks=1).blocks[0]
+    for sizes in (((16, 8), (7, 4)), ((16, 8), (8, 1)), ((16, 1), (8, 4))):
+        features = [torch.randn(1, 16, *size, dtype=torch.float64, requires_grad=True) for size in sizes]
+        with pytest.raises(ValueError, match="offset must have shape"):
+            block(features)
+
+
+def test_what_no_loss_depends_on_gets_no_gradient() -> None:
+    head = head_of(num_blocks=1)
+    head(pyramid())[0].sum().backward()  # the finest level has no finer neighbour
+    spatial = head.blocks[0].spatial
+    assert spatial.conv_low.weight.grad is None and spatial.conv_low.bias.grad is None
+    assert spatial.conv_high.weight.grad is not None
+
+
+def test_a_pass_with_fake_tensors_leaves_no_trace() -> None:
+    head, features = head_of(), pyramid()
+    expected = results(head, features)
+    for gradients in (True, False):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(gradients):
+            head.eval()([mode.from_tensor(x) for x in features])
+    for a, b in zip(results(head.train(), features), expected, strict=True):
+        assert torch.equal(a, b)

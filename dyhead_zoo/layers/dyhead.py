@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from dyhead_zoo.layers import dyhead_cuda, dyhead_inference
@@ -176,6 +177,12 @@ class _GroupNorm(nn.GroupNorm):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody may rely on the module being called: by hooks, or by a ``forward`` of their own."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks) or "forward" in vars(module) or _has_any_global_hook()
+
+
 class SpatialAttention(nn.Module):
     """Where to look, pi_S: modulated deformable convolutions on a level and on its two neighbours.
 
@@ -246,20 +253,22 @@ class SpatialAttention(nn.Module):
     def table(self, features: list[Tensor]) -> Tensor | None:
         """The pixels of all levels, (rows, C), where the convolutions can take them together; else None.
 
-        They can with gradients on a CPU, by backend 'auto', without hooks on the convolutions. Then weights are laid
-        out, and get their gradients, once and not once for each level (``convolve_table``).
+        They can with gradients on a CPU, if they are as they were built and nobody hooks into them. Then weights are
+        laid out, and get their gradients, once and not once for each level (``convolve_table``).
         """
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        if any(x.device.type != "cpu" or x.dtype != features[0].dtype for x in features):
+        if not any(t.requires_grad for t in (*features, *self.parameters())):
+            return None
+        if any(type(x) is not Tensor or x.device.type != "cpu" or x.dtype != features[0].dtype for x in features):
             return None
         convs = [getattr(self, f"conv_{name}") for name in _SAMPLED if self._served(name, len(features))]
         plain = all(type(conv) is DeformConv3x3 and conv.backend == "auto" for conv in convs)
-        if not plain or any(conv._forward_hooks or conv._forward_pre_hooks for conv in convs):
+        if not plain or type(self) is not SpatialAttention or any(map(_is_watched, (self, *convs))):
             return None
         pyramid = Pyramid.of(features)
         countable = 0 < 36 * pyramid.start(len(features)) < INT32_LIMIT  # entries of a plan: nine taps, four corners
-        if not countable or not all(map(border_is_finite, features)):
+        if not (countable and pyramid.halves and all(map(border_is_finite, features))):
             return None
         return joined([as_table(x) for x in features])
 
@@ -362,14 +371,12 @@ class DyHeadBlock(nn.Module):
 
     @property
     def is_standard(self) -> bool:
-        """In evaluation mode, deformable by its own parts with backend 'auto', and without hooks on them."""
-        spatial = self.spatial
-        convs = (spatial.conv_high, spatial.conv_mid, spatial.conv_low)
-        return (
-            not self.training
-            and all(type(conv) is DeformConv3x3 and conv.backend == "auto" for conv in convs)
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in self.modules())
-        )
+        """In evaluation mode, deformable, of the parts that it was built of, with backend 'auto' and without hooks."""
+        if self.training or any(type(part) not in _OWN_PARTS or _is_watched(part) for part in self.modules()):
+            return False
+        branches = [(getattr(self.spatial, f"conv_{name}"), getattr(self.spatial, f"norm_{name}")) for name in _SAMPLED]
+        deformable = all(type(conv) is DeformConv3x3 and conv.backend == "auto" for conv, _ in branches)
+        return deformable and len({(norm.num_groups, norm.eps) for _, norm in branches}) == 1
 
     def forward(self, features: list[Tensor], trace: Trace | None = None) -> list[Tensor]:
         """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse; appends its attentions to ``trace``."""
@@ -378,7 +385,7 @@ class DyHeadBlock(nn.Module):
             features = Pyramid.of(features).maps(table)
         fields = self.spatial.fields(features)
         outputs, weights, coefficients = [], [], []
-        for branches in self.spatial(features, fields, table):
+        for branches in self.spatial(features, fields, *(() if table is None else (table,))):
             if self.scale is not None:
                 weight = [self.scale(branch) for branch in branches]
                 branches = [w * branch for w, branch in zip(weight, branches, strict=True)]
@@ -392,6 +399,13 @@ class DyHeadBlock(nn.Module):
             offsets, masks = [o.detach() for o, _ in known], [m.detach() for _, m in known]
             trace.append(BlockAttention(weights, offsets, masks, coefficients))
         return outputs
+
+
+_OWN_PARTS = (
+    *(DyHeadBlock, SpatialAttention, ScaleAttention, TaskAttention, DeformConv3x3, _GroupNorm),
+    *(nn.Conv2d, nn.Linear, nn.ReLU),
+)
+"""What ``DyHeadBlock`` is built of; others (adapters, quantised layers) may compute other things."""
 
 
 class DyHead(nn.Module):
@@ -453,7 +467,7 @@ class DyHead(nn.Module):
             ValueError: for sides that do not halve from one level to the next, rounded up.
         """
         sizes = [(x.shape[-2], x.shape[-1]) for x in features]
-        if sizes != [*sizes[:1], *(((h - 1) // 2 + 1, (w - 1) // 2 + 1) for h, w in sizes[:-1])]:
+        if not Pyramid.of(features).halves:
             raise ValueError(
                 f"DyHead on levels of {', '.join(f'{h} x {w}' for h, w in sizes)}: sides must halve from one to the "
                 "next, rounded up; use strides that double, or formulation='paper', which takes any"

@@ -46,7 +46,7 @@ _CHUNK_ROWS = 256  # rows that are combined at a time: what is read, made and wr
 
 
 class _Workspace:
-    """Memory that the blocks of one pass use in turn: fresh from the system, 4 kB cost about a microsecond.
+    """Memory that the blocks of one pass use in turn, since fresh memory costs page faults.
 
     What ``take`` gives holds arbitrary numbers, and is valid until the same name is taken again.
     """
@@ -58,7 +58,7 @@ class _Workspace:
         count = math.prod(shape)
         kept = self._tensors.get(name)
         if kept is None or len(kept) < count or kept.dtype != dtype:
-            kept = self._tensors[name] = torch.empty(count, dtype=dtype)
+            kept = self._tensors[name] = torch.empty(count, dtype=dtype, device="cpu")
         return kept[:count].view(shape)
 
 
@@ -93,13 +93,11 @@ def applies(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> bool:
     dtype = features[0].dtype
     if dtype not in _DTYPES or any(x.device.type != "cpu" or x.dtype != dtype for x in features):
         return False
+    if any(type(x) is not Tensor for x in features):  # what FakeTensor and others compute must not be kept
+        return False
     pyramid = Pyramid.of(features)
-    halving = all(
-        ((height + 1) // 2, (width + 1) // 2) == coarse
-        for (height, width), coarse in zip(pyramid.sizes, pyramid.sizes[1:], strict=False)
-    )
     samples = pyramid.start(len(features)) * 9 * 4
-    return halving and 0 < samples < INT32_LIMIT and all(block.is_standard for block in blocks)
+    return pyramid.halves and 0 < samples < INT32_LIMIT and all(block.is_standard for block in blocks)
 
 
 def forward(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> list[Tensor]:
@@ -133,10 +131,11 @@ def _block(block: DyHeadBlock, table: Tensor, pyramid: Pyramid, workspace: _Work
     if count > 1:
         branches.append(_branch(block.spatial, "low", table, pyramid, range(1, count), fields, workspace, "low"))
         branches.append(_branch(block.spatial, "high", table, pyramid, range(count - 1), fields, workspace, "high"))
-    served = torch.tensor([level * batch + image for b in branches for level in b.levels for image in range(batch)])
+    maps = [level * batch + image for b in branches for level in b.levels for image in range(batch)]
+    served = torch.tensor(maps, device=table.device)
     scale, shift = _group_norms(branches)
     pooled = torch.cat([branch.final_mean for branch in branches]) * scale + shift
-    factor = 1 / served.bincount().to(pooled.dtype)[served, None]
+    factor = pooled.new_tensor([1 / maps.count(number) for number in maps])[:, None]
     if block.scale is not None:
         factor = factor * block.scale(pooled[:, :, None, None]).flatten(1)  # the mean of a single pixel is that pixel
     sums = pooled.new_zeros(2, count * batch, pooled.shape[1])
@@ -182,9 +181,11 @@ def _branch(
         write_plan(level_index, level_weight, offset, mask, size, geometry, first_row)
     matrix, bias = as_matrix(conv.weight).to(table.dtype), conv.bias.to(table.dtype)
     linear = conv.packed if table.dtype == conv.weight.dtype else None
-    out = workspace.take(out_name, (sum(lengths), len(matrix)), table.dtype)
-    sample_and_contract(table, index.flatten(), weight.flatten(), matrix, bias, linear, out)
-    out = out.to(norm.weight.dtype)
+    out = workspace.take(out_name, (sum(lengths), len(matrix)), norm.weight.dtype)
+    products = out if table.dtype == out.dtype else workspace.take("products", out.shape, table.dtype)
+    sample_and_contract(table, index.flatten(), weight.flatten(), matrix, bias, linear, products)
+    if products is not out:
+        out.copy_(products)
     maps = [m.view(pyramid.batch, h, w, -1) for m, (h, w) in zip(out.split(lengths), sizes, strict=True)]
     mean, variance = (torch.cat(values) for values in zip(*map(_statistics, maps), strict=True))
     final_mean = mean
@@ -259,7 +260,7 @@ def _upsampled_mean(maps: Tensor, size: Size) -> Tensor:
 def _axis_weights(size: int, upsampled: int, dtype: torch.dtype) -> Tensor:
     """How much each of ``size`` numbers counts in the mean of their linear interpolation at ``upsampled`` points."""
     with torch.inference_mode(False):
-        unit = torch.eye(size, dtype=dtype)[:, None]
+        unit = torch.eye(size, dtype=dtype, device="cpu")[:, None]
         return F.interpolate(unit, size=upsampled, mode="linear", align_corners=True).mean((1, 2))
 
 

@@ -23,6 +23,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torchvision.ops import deform_conv2d
 
 from dyhead_zoo.ops import deform_conv_cpu, deform_conv_triton
@@ -79,7 +80,7 @@ def modulated_deform_conv2d(
             return modulated_deform_conv2d(x, offset, mask, weight, bias, stride, padding, dilation, backend=backend)
     kernel_h, kernel_w = weight.shape[-2:]
     geometry = Geometry((kernel_h, kernel_w), _pair(stride), _pair(padding), _pair(dilation))
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, FakeTensor)
     if not tracing:  # comparing traced sizes would constrain the sizes that an exported graph accepts
         _check(x, offset, mask, weight, bias, geometry)
     if _use_bag(backend, x, offset, geometry, tracing):

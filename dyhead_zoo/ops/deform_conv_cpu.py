@@ -336,9 +336,9 @@ def _write_rows(
         0 for whether they lie inside; (B, Ho, Wo, K) each.
     """
     offset = _pixels_first(offset)
-    batch, out_h = offset.shape[:2]
-    grid_y, grid_x = _grid(geometry.out_size(in_size), geometry, offset.dtype, offset.device)
-    y0, y1, *rows = _neighbours(offset[..., 0::2] + grid_y[top : top + out_h], in_size[0])
+    batch, out_h, out_w, _ = offset.shape
+    grid_y, grid_x = _grid((out_h, out_w), geometry, offset, top)
+    y0, y1, *rows = _neighbours(offset[..., 0::2] + grid_y, in_size[0])
     x0, x1, *columns = _neighbours(offset[..., 1::2] + grid_x, in_size[1])
     if first_row or batch > 1:
         images = torch.arange(batch, dtype=torch.int32, device=offset.device).view(-1, 1, 1, 1)
@@ -364,23 +364,22 @@ def _pixels_first(field: Tensor) -> Tensor:
     return as_table(field).view(batch, height, width, count)
 
 
-@functools.lru_cache(maxsize=256)
-def _grid(out_size: Pair, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Positions without offsets: rows (Ho, 1, K) and columns (Wo, K), in input pixels."""
-    with torch.inference_mode(False):
-        tap = torch.arange(geometry.taps, device=device)
-        rows, columns = (
-            torch.arange(n, device=device)[:, None] * stride - padding + tap_position * dilation
-            for n, stride, padding, dilation, tap_position in zip(
-                out_size,
-                geometry.stride,
-                geometry.padding,
-                geometry.dilation,
-                (tap // geometry.kernel[1], tap % geometry.kernel[1]),
-                strict=True,
-            )
+def _grid(out_size: Pair, geometry: Geometry, like: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Positions without offsets: rows (Ho, 1, K) from output row ``top`` on and columns (Wo, K), in input pixels."""
+    tap = torch.arange(geometry.taps, device=like.device)
+    rows, columns = (
+        torch.arange(first, first + n, device=like.device)[:, None] * stride - padding + tap_position * dilation
+        for first, n, stride, padding, dilation, tap_position in zip(
+            (top, 0),
+            out_size,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            (tap // geometry.kernel[1], tap % geometry.kernel[1]),
+            strict=True,
         )
-        return rows[:, None].to(dtype), columns.to(dtype)
+    )
+    return rows[:, None].to(like.dtype), columns.to(like.dtype)
 
 
 def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -454,21 +453,25 @@ class _SampleAndContract(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(table, *inputs)
+        ctx.set_materialize_grads(False)  # nothing is to be done for outputs that no loss depends on
+        ctx.save_for_backward(table, *(value for *saved, _ in _fours(inputs) for value in saved))
         return tuple(sample_and_contract(table, *one) for one in _fours(inputs))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
-        table, *inputs = ctx.saved_tensors
+    def backward(ctx: Any, *grads_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        table, *saved = ctx.saved_tensors
         # sums over many chunks
         grad_table = torch.zeros_like(table, dtype=position_dtype(table.dtype)) if ctx.needs_input_grad[0] else None
-        needs = _fours(ctx.needs_input_grad[1:])
         grads: list[Tensor | None] = []
         # backward() may be called inside an autocast region, which would change the dtype of the products
         with torch.autocast(table.device.type, enabled=False):
-            for grad_out, (index, sample_weight, matrix, _), need in zip(grads_out, _fours(inputs), needs, strict=True):
-                grads += _backward(grad_out.contiguous(), table, index, sample_weight, matrix, need, grad_table)
+            for number, (grad_out, needs) in enumerate(zip(grads_out, _fours(ctx.needs_input_grad[1:]), strict=True)):
+                index, sample_weight, matrix = saved[3 * number : 3 * number + 3]
+                if grad_out is None:
+                    grads += [None] * 4
+                else:
+                    grads += _backward(grad_out.contiguous(), table, index, sample_weight, matrix, needs, grad_table)
         return None if grad_table is None else grad_table.to(table.dtype), *grads
 
 

@@ -24,7 +24,13 @@ class Pyramid(NamedTuple):
     @classmethod
     def of(cls, features: Sequence[Tensor]) -> Pyramid:
         """That of maps (B, C, H_l, W_l)."""
-        return cls(len(features[0]), tuple((x.shape[2], x.shape[3]) for x in features))
+        return cls(features[0].shape[0], tuple((x.shape[2], x.shape[3]) for x in features))
+
+    @property
+    def halves(self) -> bool:
+        """Whether sides halve from one level to the next, rounded up."""
+        pairs = zip(self.sizes, self.sizes[1:], strict=False)
+        return all(((height + 1) // 2, (width + 1) // 2) == coarse for (height, width), coarse in pairs)
 
     def pixels(self, level: int) -> int:
         """Pixels of a level, of one image."""

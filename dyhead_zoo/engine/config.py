@@ -39,7 +39,9 @@ class TrainConfig:
     amp: Literal["none", "bf16", "fp16"] = setting("none", "mixed precision")
     channels_last: bool = setting(False, "memory format of convolutions")
     grad_checkpointing: bool = setting(
-        False, "compute stages of the backbone and blocks of DyHead again in the backward pass: less memory, more time"
+        False,
+        "compute stages of the backbone and blocks of DyHead again in the backward pass: less memory, more time; "
+        "BatchNorm that is not frozen updates its running statistics twice a step",
     )
     device: str | None = setting(None, "device; by default this process's GPU, or the CPU where there is none")
     seed: int = setting(0, "seed of order, augmentation and dropout")

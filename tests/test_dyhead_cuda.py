@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from dyhead_helpers import random_head, random_pyramid
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_helpers import DEVICE, make_dot_exact
@@ -24,22 +25,12 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def head_of(in_channels: int = 16, out_channels: int = 32, num_blocks: int = 1, **arguments: Any) -> DyHead:
-    """In evaluation mode, with random weights everywhere."""
-    generator = torch.Generator().manual_seed(1)
-    head = DyHead(in_channels, out_channels, num_blocks, **arguments).eval()
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator) * 0.1
-    return head.to(DEVICE)
+    """In evaluation mode."""
+    return random_head(in_channels, out_channels, num_blocks=num_blocks, **arguments).eval().to(DEVICE)
 
 
 def pyramid(finest: tuple[int, int], levels: int, batch: int = 1, channels: int = 16) -> list[Tensor]:
-    generator, size = torch.Generator().manual_seed(0), finest
-    features = []
-    for _ in range(levels):
-        features.append(torch.randn(batch, channels, *size, generator=generator).to(DEVICE))
-        size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
-    return features
+    return [x.to(DEVICE) for x in random_pyramid(finest, levels, batch, channels)]
 
 
 @torch.no_grad()

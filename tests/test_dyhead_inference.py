@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dyhead_helpers import random_head, random_pyramid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,24 +17,14 @@ from dyhead_zoo.layers.dyhead import DeformConv3x3, DyHead, pack_weights
 
 
 def head_of(in_channels: int = 16, **arguments: Any) -> DyHead:
-    """In evaluation mode, with random weights everywhere."""
-    generator = torch.Generator().manual_seed(1)
-    head = DyHead(in_channels, 32, **{"num_blocks": 2, **arguments}).eval()
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator) * 0.1
-    return head
+    """In evaluation mode."""
+    return random_head(in_channels, 32, **{"num_blocks": 2, **arguments}).eval()
 
 
 def pyramid(
     finest: tuple[int, int] = (13, 9), levels: int = 3, batch: int = 2, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    generator, size = torch.Generator().manual_seed(0), finest
-    features = []
-    for _ in range(levels):
-        features.append(torch.randn(batch, 16, *size, generator=generator).to(dtype))
-        size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
-    return features
+    return [x.to(dtype) for x in random_pyramid(finest, levels, batch)]
 
 
 @pytest.fixture

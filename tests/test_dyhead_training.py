@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from dyhead_helpers import random_head, random_pyramid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,24 +18,13 @@ from dyhead_zoo.ops import deform_conv_cpu
 
 
 def head_of(channels: int = 16, dtype: torch.dtype = torch.float64, **arguments: Any) -> DyHead:
-    """With random weights everywhere."""
-    generator = torch.Generator().manual_seed(1)
-    head = DyHead(16, channels, **{"num_blocks": 2, **arguments}).to(dtype)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator).to(dtype) * 0.1
-    return head
+    return random_head(16, channels, **{"num_blocks": 2, **arguments}).to(dtype)
 
 
 def pyramid(
     finest: tuple[int, int] = (9, 7), levels: int = 3, batch: int = 2, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
-    generator, size = torch.Generator().manual_seed(0), finest
-    features = []
-    for _ in range(levels):
-        features.append(torch.randn(batch, 16, *size, generator=generator).to(dtype))
-        size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
-    return features
+    return [x.to(dtype) for x in random_pyramid(finest, levels, batch)]
 
 
 def results(head: nn.Module, features: list[Tensor]) -> list[Tensor]:

@@ -466,11 +466,12 @@ class DyHead(nn.Module):
         Raises:
             ValueError: for sides that do not halve from one level to the next, rounded up.
         """
-        sizes = [(x.shape[-2], x.shape[-1]) for x in features]
-        if not Pyramid.of(features).halves:
+        pyramid = Pyramid.of(features)
+        if not pyramid.halves:
+            sizes = ", ".join(f"{h} x {w}" for h, w in pyramid.sizes)
             raise ValueError(
-                f"DyHead on levels of {', '.join(f'{h} x {w}' for h, w in sizes)}: sides must halve from one to the "
-                "next, rounded up; use strides that double, or formulation='paper', which takes any"
+                f"DyHead on levels of {sizes}: sides must halve from one to the next, rounded up; "
+                "use strides that double, or formulation='paper', which takes any"
             )
         blocks = [cast(DyHeadBlock, block) for block in self.blocks]
         if self.fused and trace is None and dyhead_inference.applies(blocks, features):

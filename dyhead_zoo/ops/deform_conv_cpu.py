@@ -468,10 +468,8 @@ class _SampleAndContract(torch.autograd.Function):
         with torch.autocast(table.device.type, enabled=False):
             for number, (grad_out, needs) in enumerate(zip(grads_out, _fours(ctx.needs_input_grad[1:]), strict=True)):
                 index, sample_weight, matrix = saved[3 * number : 3 * number + 3]
-                if grad_out is None:
-                    grads += [None] * 4
-                else:
-                    grads += _backward(grad_out.contiguous(), table, index, sample_weight, matrix, needs, grad_table)
+                inputs = (table, index, sample_weight, matrix, needs, grad_table)
+                grads += [None] * 4 if grad_out is None else _backward(grad_out.contiguous(), *inputs)
         return None if grad_table is None else grad_table.to(table.dtype), *grads
 
 
@@ -550,15 +548,9 @@ def _scatter(
 ) -> None:
     """Add to each row of ``grad_table`` the gradients of the samples that read it.
 
-    Again this is a weighted sum per bag, one bag for each row from the first to the last that is read.
-
-    Args:
-        grad_table: (R, C).
-        key: of a chunk, from ``_readers``.
-        first_key: that of row 0 for this chunk.
-        position: likewise, counted from the first of the chunk.
-        grad_samples: (samples of the chunk, C).
-        weight: of the entries of the chunk.
+    Again this is a weighted sum per bag, one bag for each row from the first to the last that is read. ``key`` and
+    ``position`` are those of a chunk, from ``_readers``; ``first_key`` is the key of row 0, and positions count from
+    the chunk's first entry.
     """
     first, last = int(key[0]), int(key[-1])
     starts = torch.searchsorted(key, torch.arange(first, last + 1, dtype=key.dtype, device=key.device), out_int32=True)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dyhead_zoo.ops import deform_conv, deform_conv_cpu
+from dyhead_zoo.ops import deform_conv, deform_conv_cpu, deform_conv_samples
 
 conv: Callable[..., Tensor] = deform_conv.modulated_deform_conv2d
+OURS = ("bag", "numba")
+ours = pytest.mark.parametrize("backend", OURS)
 
 
 class Case(NamedTuple):
@@ -53,7 +55,9 @@ class Case(NamedTuple):
         return self.stride, self.padding, self.dilation
 
 
-def assert_same_as_torchvision(tensors: list[Any], *geometry: int | tuple[int, int], tolerance: float) -> None:
+def assert_same_as_torchvision(
+    tensors: list[Any], *geometry: int | tuple[int, int], tolerance: float, backend: deform_conv.Backend
+) -> None:
     """Output and the gradients of all inputs, relative to the largest value of each."""
 
     def run(backend: deform_conv.Backend) -> list[Tensor]:
@@ -63,7 +67,7 @@ def assert_same_as_torchvision(tensors: list[Any], *geometry: int | tuple[int, i
         grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
         return [out, *torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad_out)]
 
-    for ours, reference in zip(run("bag"), run("torchvision"), strict=True):
+    for ours, reference in zip(run(backend), run("torchvision"), strict=True):
         assert ours.shape == reference.shape
         assert ours.dtype == reference.dtype
         assert (ours - reference).abs().max() <= tolerance * reference.abs().max().clamp(min=1)
@@ -90,8 +94,11 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-13)])
-def test_agrees_with_torchvision(case: Case, dtype: torch.dtype, tolerance: float) -> None:
-    assert_same_as_torchvision(case.tensors(dtype), *case.geometry, tolerance=tolerance)
+@ours
+def test_agrees_with_torchvision(
+    case: Case, dtype: torch.dtype, tolerance: float, backend: deform_conv.Backend
+) -> None:
+    assert_same_as_torchvision(case.tensors(dtype), *case.geometry, tolerance=tolerance, backend=backend)
 
 
 @settings(deadline=None, max_examples=30)
@@ -113,55 +120,60 @@ def test_agrees_with_torchvision(case: Case, dtype: torch.dtype, tolerance: floa
         offset_groups=st.integers(1, 3),
     ),
     st.integers(1, 20),
+    st.sampled_from(OURS),
 )
-def test_agrees_with_torchvision_for_any_shape_and_chunk(case: Case, chunk: int) -> None:
+def test_agrees_with_torchvision_for_any_shape_and_chunk(case: Case, chunk: int, backend: deform_conv.Backend) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deform_conv_cpu, "_CHUNK_PIXELS", chunk)
-        assert_same_as_torchvision(case.tensors(), *case.geometry, tolerance=1e-13)
+        assert_same_as_torchvision(case.tensors(), *case.geometry, tolerance=1e-13, backend=backend)
 
 
-def test_first_derivatives_agree_with_finite_differences() -> None:
+@ours
+def test_first_derivatives_agree_with_finite_differences(backend: deform_conv.Backend) -> None:
     case = Case(size=(4, 5), channels=2, out_channels=2, spread=0.7)
     leaves = [t.requires_grad_() for t in case.tensors() if t is not None]
-    assert torch.autograd.gradcheck(lambda *t: conv(*t, padding=1, backend="bag"), leaves)
+    assert torch.autograd.gradcheck(lambda *t: conv(*t, padding=1, backend=backend), leaves)
 
 
-def test_zero_offsets_make_it_a_convolution() -> None:
+@ours
+def test_zero_offsets_make_it_a_convolution(backend: deform_conv.Backend) -> None:
     x, offset, _, weight, bias = Case(spread=0.0).tensors()
-    out = conv(x, offset, None, weight, bias, padding=1, backend="bag")
+    out = conv(x, offset, None, weight, bias, padding=1, backend=backend)
     torch.testing.assert_close(out, nn.functional.conv2d(x, weight, bias, padding=1))
 
 
-def test_memory_layout_of_the_inputs_does_not_matter() -> None:
+@ours
+def test_memory_layout_of_the_inputs_does_not_matter(backend: deform_conv.Backend) -> None:
     tensors = Case(batch=2).tensors()
-    expected = conv(*tensors, padding=1)
+    expected = conv(*tensors, padding=1, backend=backend)
     channels_last = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
     transposed = [t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() == 4 else t for t in tensors]
     strided = [t.repeat_interleave(2, dim=-1)[..., ::2] for t in tensors]
     for variant in (channels_last, transposed, strided):
-        torch.testing.assert_close(conv(*variant, padding=1), expected)
-        assert_same_as_torchvision(variant, 1, 1, tolerance=1e-13)
+        torch.testing.assert_close(conv(*variant, padding=1, backend=backend), expected)
+        assert_same_as_torchvision(variant, 1, 1, tolerance=1e-13, backend=backend)
     assert expected.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("wanted", range(5), ids=["x", "offset", "mask", "weight", "bias"])
-def test_gradient_of_one_input_alone(wanted: int) -> None:
+@ours
+def test_gradient_of_one_input_alone(wanted: int, backend: deform_conv.Backend) -> None:
     tensors = Case().tensors()
     leaf = tensors[wanted]
     leaf.requires_grad_()
     ours, reference = (
-        torch.autograd.grad(conv(*tensors, padding=1, backend=backend).sum(), leaf)
-        for backend in ("bag", "torchvision")
+        torch.autograd.grad(conv(*tensors, padding=1, backend=one).sum(), leaf) for one in (backend, "torchvision")
     )
     torch.testing.assert_close(ours, reference)
 
 
-def test_without_gradients_nothing_is_recorded() -> None:
+@ours
+def test_without_gradients_nothing_is_recorded(backend: deform_conv.Backend) -> None:
     tensors = Case().tensors()
-    assert not conv(*tensors, padding=1, backend="bag").requires_grad
+    assert not conv(*tensors, padding=1, backend=backend).requires_grad
 
 
-@pytest.mark.parametrize("backend", ["bag", "torchvision", "auto"])
+@pytest.mark.parametrize("backend", [*OURS, "torchvision", "auto"])
 def test_empty_batch(backend: deform_conv.Backend) -> None:
     tensors = [t.requires_grad_() for t in Case(batch=2).tensors(torch.float32)]
     x, offset, mask, weight, bias = tensors
@@ -173,20 +185,24 @@ def test_empty_batch(backend: deform_conv.Backend) -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("place", [(0, 0), (8, 5), (3, 11), (4, 6)], ids=["corner", "bottom", "right", "inside"])
-def test_non_finite_inputs_reach_what_they_reach_in_torchvision(value: float, place: tuple[int, int]) -> None:
+@ours
+def test_non_finite_inputs_reach_what_they_reach_in_torchvision(
+    value: float, place: tuple[int, int], backend: deform_conv.Backend
+) -> None:
     x, offset, mask, weight, bias = Case(spread=3.0).tensors()
     x[0, 2, *place] = value
-    ours, reference = (conv(x, offset, mask, weight, bias, padding=1, backend=b) for b in ("bag", "torchvision"))
+    ours, reference = (conv(x, offset, mask, weight, bias, padding=1, backend=b) for b in (backend, "torchvision"))
     assert not reference.isfinite().all() and reference.isfinite().any()
     torch.testing.assert_close(ours, reference, equal_nan=True)
 
 
-def test_infinite_offsets_are_outside_and_nan_comes_through() -> None:
+@ours
+def test_infinite_offsets_are_outside_and_nan_comes_through(backend: deform_conv.Backend) -> None:
     x, offset, mask, weight, _ = Case().tensors(torch.float32)
-    out = conv(x, torch.full_like(offset, math.inf), mask, weight, padding=1, backend="bag")
+    out = conv(x, torch.full_like(offset, math.inf), mask, weight, padding=1, backend=backend)
     assert not out.any()
     offset[0, 3, 4, 5] = math.nan
-    out = conv(x, offset, mask, weight, padding=1, backend="bag")
+    out = conv(x, offset, mask, weight, padding=1, backend=backend)
     assert out[0, :, 4, 5].isnan().all()
     assert out.isnan().sum() == out.shape[1]
 
@@ -199,8 +215,10 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return float((value.double() - reference).abs().max() / reference.abs().max())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["bag", "torchvision"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*((b, t) for b in ("bag", "torchvision") for t in (torch.bfloat16, torch.float16)), ("numba", torch.bfloat16)],
+)
 def test_low_precision_is_as_close_as_its_inputs_allow(dtype: torch.dtype, backend: deform_conv.Backend) -> None:
     x, offset, mask, weight, bias = Case(size=(20, 30), channels=32).tensors()
     reference = conv(x, offset, mask, weight, bias, padding=1)
@@ -213,27 +231,29 @@ def test_low_precision_is_as_close_as_its_inputs_allow(dtype: torch.dtype, backe
     assert [t.grad.dtype for t in (*low, offset) if t.grad is not None] == [dtype, dtype, dtype, torch.float32]
 
 
-def test_positions_keep_their_precision_with_bfloat16_features() -> None:
+@ours
+def test_positions_keep_their_precision_with_bfloat16_features(backend: deform_conv.Backend) -> None:
     # a ramp read at quarter pixels beyond column 256, where bfloat16 itself steps by 2
     x = (torch.arange(300.0) - 280).expand(1, 1, 1, 300).bfloat16()
     offset = torch.zeros(1, 2, 1, 300)
     offset[:, 1] = 0.25
-    out = conv(x, offset, None, torch.ones(1, 1, 1, 1).bfloat16(), backend="bag")
+    out = conv(x, offset, None, torch.ones(1, 1, 1, 1).bfloat16(), backend=backend)
     torch.testing.assert_close(out[0, 0, 0, 265:295].float(), torch.arange(265.0, 295.0) - 280 + 0.25)
 
 
-def test_bfloat16_gradients() -> None:
+@ours
+def test_bfloat16_gradients(backend: deform_conv.Backend) -> None:
     tensors = Case(size=(20, 30), channels=32).tensors()
     features, positions = torch.bfloat16, torch.float32
     gradients = []
     for dtypes in ([torch.float64] * 5, [features, positions, positions, features, features]):
         leaves = [t.to(dtype).requires_grad_() for t, dtype in zip(tensors, dtypes, strict=True)]
-        gradients.append(torch.autograd.grad(conv(*leaves, padding=1).square().mean(), leaves))
+        gradients.append(torch.autograd.grad(conv(*leaves, padding=1, backend=backend).square().mean(), leaves))
     for name, reference, value in zip(("x", "offset", "mask", "weight", "bias"), *gradients, strict=True):
         assert relative_error(value, reference) < 0.02, name
 
 
-@pytest.mark.parametrize("backend", ["bag", "torchvision"])
+@pytest.mark.parametrize("backend", [*OURS, "torchvision"])
 def test_autocast_runs_in_its_dtype_and_returns_float32_gradients(backend: deform_conv.Backend) -> None:
     leaves = [t.requires_grad_() for t in Case(channels=16).tensors(torch.float32)]
     expected = conv(*leaves, padding=1)
@@ -260,14 +280,15 @@ def no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_torchvision")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_auto_is_bag_on_the_cpu(dtype: torch.dtype) -> None:
+def test_auto_is_ours_on_the_cpu(dtype: torch.dtype) -> None:
     assert conv(*Case().tensors(dtype), padding=1).isfinite().all()
 
 
 @pytest.mark.parametrize(("groups", "offset_groups"), [(2, 1), (1, 3), (3, 2), (2, 4), (4, 2)])
-def test_groups(groups: int, offset_groups: int) -> None:
+@ours
+def test_groups(groups: int, offset_groups: int, backend: deform_conv.Backend) -> None:
     case = Case(batch=2, channels=2, groups=groups, offset_groups=offset_groups)
-    assert_same_as_torchvision(case.tensors(), *case.geometry, tolerance=1e-13)
+    assert_same_as_torchvision(case.tensors(), *case.geometry, tolerance=1e-13, backend=backend)
 
 
 def test_what_int32_cannot_count_falls_back_to_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,17 +297,18 @@ def test_what_int32_cannot_count_falls_back_to_torchvision(monkeypatch: pytest.M
     monkeypatch.setattr(deform_conv, "INT32_LIMIT", 9 * 12 * 9 * 4)
     monkeypatch.setattr(deform_conv_cpu, "deform_conv2d", None)
     torch.testing.assert_close(conv(*tensors, padding=1), expected)
-    with pytest.raises(ValueError, match="counts in int32, not 3888 samples"):
-        conv(*tensors, padding=1, backend="bag")
+    for backend in OURS:
+        with pytest.raises(ValueError, match=f"'{backend}' counts in int32, not 3888 samples"):
+            conv(*tensors, padding=1, backend=backend)
 
 
 def test_many_chunks_of_a_large_map_sort_by_int64(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(size=(24, 24), kernel=(1, 1), stride=3, padding=0)  # 64 pixels, 256 corners, 576 rows
-    monkeypatch.setattr(deform_conv_cpu, "INT32_LIMIT", 1000)
+    monkeypatch.setattr(deform_conv_samples, "INT32_LIMIT", 1000)
     monkeypatch.setattr(deform_conv_cpu, "_CHUNK_PIXELS", 4)
-    key, _ = deform_conv_cpu._readers(torch.zeros(256, dtype=torch.int32), 576, 16)
+    key, _ = deform_conv_samples._readers(torch.zeros(256, dtype=torch.int32), 576, 16)
     assert key.dtype == torch.int64
-    assert_same_as_torchvision(case.tensors(), *case.geometry, tolerance=1e-13)
+    assert_same_as_torchvision(case.tensors(), *case.geometry, tolerance=1e-13, backend="bag")
 
 
 @pytest.mark.usefixtures("no_torchvision")
@@ -307,9 +329,77 @@ def test_works_without_the_private_operators(monkeypatch: pytest.MonkeyPatch) ->
     deform_conv_cpu._packed_linear_works.cache_clear()
     try:
         assert not deform_conv_cpu._packed_linear_works()
-        assert_same_as_torchvision(Case().tensors(torch.float32), 1, 1, tolerance=5e-6)
+        assert_same_as_torchvision(Case().tensors(torch.float32), 1, 1, tolerance=5e-6, backend="bag")
     finally:
         deform_conv_cpu._packed_linear_works.cache_clear()
+
+
+# -- loops compiled by numba -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """``torch.set_num_threads``, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def forget_trials() -> Iterator[None]:
+    deform_conv_samples._tried_loops.cache_clear()
+    yield
+    deform_conv_samples._tried_loops.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_samples_and_their_gradients_are_the_same_on_any_number_of_threads(
+    dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    """The products are PyTorch's, which promises no such thing; everything else is ours."""
+    loops = deform_conv_samples.compiled_loops(dtype)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        assert deform_conv_samples.compiled_loops(dtype) is loops is not None
+        results.append(deform_conv_samples._trial(dtype, loops))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.usefixtures("forget_trials")
+def test_a_numba_that_gives_wrong_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dyhead_zoo.ops import deform_conv_loops
+
+    monkeypatch.setattr(deform_conv_loops, "sum_corners", lambda table, index, weight, out: out.zero_())
+    tensors = Case().tensors()
+    with pytest.warns(UserWarning, match="do without numba.*a trial gave wrong numbers"):
+        out = conv(*tensors, padding=1)
+    torch.testing.assert_close(out, conv(*tensors, padding=1, backend="bag"))
+    with pytest.raises(ValueError, match=r"backend 'numba' does not work here for torch.float64"):
+        conv(*tensors, padding=1, backend="numba")
+
+
+@pytest.mark.usefixtures("forget_trials")
+def test_without_numba_it_is_bag(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    monkeypatch.setattr(deform_conv_samples.importlib.util, "find_spec", lambda name: None)
+    tensors = Case().tensors()
+    assert torch.equal(conv(*tensors, padding=1), conv(*tensors, padding=1, backend="bag"))
+    assert not recwarn.list
+    with pytest.raises(ValueError, match=r"pip install 'dyhead-zoo\[numba\]'"):
+        conv(*tensors, padding=1, backend="numba")
+
+
+def test_without_openmp_functions_one_thread_remains(
+    monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+) -> None:
+    from dyhead_zoo.ops import deform_conv_loops
+
+    monkeypatch.setattr(deform_conv_loops, "_openmp", lambda: None)
+    threads(2)
+    assert deform_conv_samples.compiled_loops(torch.float32) is None
+    threads(1)
+    assert deform_conv_samples.compiled_loops(torch.float32) is deform_conv_loops
 
 
 class _Layer(nn.Module):

@@ -54,9 +54,9 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     original = dyhead.convolve_table
 
-    def convolve_table(table: Tensor, convolutions: Any) -> Any:
+    def convolve_table(table: Tensor, convolutions: Any, *loops: Any) -> Any:
         counts.append(len(convolutions))
-        return original(table, convolutions)
+        return original(table, convolutions, *loops)
 
     monkeypatch.setattr(dyhead, "convolve_table", convolve_table)
     return counts
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_each_level_alone(
     finest: tuple[int, int], levels: int, batch: int, coarse_offsets: Any, channels: int, chunk: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deform_conv_cpu, "_chunk_pixels", lambda: 2 * chunk)
+        patch.setattr(deform_conv_cpu, "chunk_pixels", lambda: 2 * chunk)
         head = head_of(channels, coarse_offsets=coarse_offsets, num_blocks=1)
         assert_table_changes_nothing(head, pyramid(finest, levels, batch))
 

@@ -31,24 +31,23 @@ from torch.utils.checkpoint import checkpoint
 
 from dyhead_zoo.layers import dyhead_cuda, dyhead_inference
 from dyhead_zoo.ops import modulated_deform_conv2d
-from dyhead_zoo.ops.deform_conv import Backend
+from dyhead_zoo.ops.deform_conv import Backend, cpu_loops
 from dyhead_zoo.ops.deform_conv_cpu import (
-    INT32_LIMIT,
     Convolution,
-    Geometry,
     Linear,
     as_matrix,
-    as_table,
     border_is_finite,
     convolve_table,
-    joined,
     packed_linear,
 )
+from dyhead_zoo.ops.deform_conv_plan import Geometry, as_table, joined
+from dyhead_zoo.ops.deform_conv_samples import INT32_LIMIT
 from dyhead_zoo.ops.pyramid import Pyramid
 
 CoarseOffsets = Literal["reinterpret", "aligned"]
 Field = tuple[Tensor, Tensor]  # offsets and masks of a level
 _GROUPS = 16  # of GroupNorm, as in the released code
+_TABLE_BACKENDS = ("auto", "numba", "bag")  # of convolutions that can take all levels in one table
 _SAMPLED = {"mid": 0, "low": -1, "high": 1}  # the branches: which level each samples, counted from its own
 
 
@@ -233,6 +232,12 @@ class SpatialAttention(nn.Module):
             self.add_module(f"conv_{branch}", conv)
             self.add_module(f"norm_{branch}", _GroupNorm(_GROUPS, out_channels))
 
+    @property
+    def backend(self) -> Backend | None:
+        """That of the deformable convolutions; None if they differ or are ordinary ones."""
+        backends = {getattr(getattr(self, f"conv_{name}"), "backend", None) for name in _SAMPLED}
+        return backends.pop() if len(backends) == 1 else None
+
     def _coarse(self, field: Tensor, size: tuple[int, int]) -> Tensor:
         """Offsets or masks (B, K, H, W) of a level for its coarser neighbour of ``size``: (B, K, h, w)."""
         if self.coarse_offsets == "aligned":
@@ -263,7 +268,7 @@ class SpatialAttention(nn.Module):
         if any(type(x) is not Tensor or x.device.type != "cpu" or x.dtype != features[0].dtype for x in features):
             return None
         convs = [getattr(self, f"conv_{name}") for name in _SAMPLED if self._served(name, len(features))]
-        plain = all(type(conv) is DeformConv3x3 and conv.backend == "auto" for conv in convs)
+        plain = all(type(conv) is DeformConv3x3 for conv in convs) and self.backend in _TABLE_BACKENDS
         if not plain or type(self) is not SpatialAttention or any(map(_is_watched, (self, *convs))):
             return None
         pyramid = Pyramid.of(features)
@@ -332,7 +337,8 @@ class SpatialAttention(nn.Module):
         if torch.is_autocast_enabled("cpu") and table.dtype != torch.float64:
             table = table.to(torch.get_autocast_dtype("cpu"))
         with torch.autocast("cpu", enabled=False):
-            outputs = convolve_table(table, list(convolutions.values()))
+            loops = cpu_loops(cast(Backend, self.backend), table.dtype)
+            outputs = convolve_table(table, list(convolutions.values()), loops)
         convolved: dict[str, dict[int, Tensor]] = {}
         for (name, convolution), out in zip(convolutions.items(), outputs, strict=True):
             maps = Pyramid.of([offset for offset, _ in convolution.fields]).maps(out)
@@ -371,11 +377,13 @@ class DyHeadBlock(nn.Module):
 
     @property
     def is_standard(self) -> bool:
-        """In evaluation mode, deformable, of the parts that it was built of, with backend 'auto' and without hooks."""
+        """In evaluation mode, deformable, of its own parts without hooks, and able to take all levels in a table."""
         if self.training or any(type(part) not in _OWN_PARTS or _is_watched(part) for part in self.modules()):
             return False
         branches = [(getattr(self.spatial, f"conv_{name}"), getattr(self.spatial, f"norm_{name}")) for name in _SAMPLED]
-        deformable = all(type(conv) is DeformConv3x3 and conv.backend == "auto" for conv, _ in branches)
+        deformable = (
+            all(type(conv) is DeformConv3x3 for conv, _ in branches) and self.spatial.backend in _TABLE_BACKENDS
+        )
         return deformable and len({(norm.num_groups, norm.eps) for _, norm in branches}) == 1
 
     def forward(self, features: list[Tensor], trace: Trace | None = None) -> list[Tensor]:

@@ -102,6 +102,8 @@ def _obstacle(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> str 
     for block in blocks:
         if not block.is_standard:
             return "a block has hooks, or parts that are not its own"
+        if block.spatial.backend != "auto":
+            return f"a block is to use the backend {block.spatial.backend!r}"
         if cast("nn.Conv2d", block.spatial.offset).weight.device != features[0].device:
             return "weights and features are on different devices"
     shapes = {(x.shape[0], x.shape[1]) for x in features}

@@ -26,14 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyhead_zoo.ops.deform_conv_cpu import (
-    INT32_LIMIT,
-    Geometry,
-    as_matrix,
-    as_table,
-    sample_and_contract,
-    write_plan,
-)
+from dyhead_zoo.ops.deform_conv import Backend, cpu_loops
+from dyhead_zoo.ops.deform_conv_cpu import as_matrix, chunk_pixels, packed_linear, sample_and_contract
+from dyhead_zoo.ops.deform_conv_plan import Geometry, as_table, write_plan
+from dyhead_zoo.ops.deform_conv_samples import INT32_LIMIT, samples_of
 from dyhead_zoo.ops.pyramid import Pyramid
 
 if TYPE_CHECKING:
@@ -170,20 +166,23 @@ def _branch(
     geometry = Geometry((3, 3), (conv.stride, conv.stride), (1, 1), (1, 1))
     sizes = [pyramid.sizes[source if name == "high" else level] for level, source in zip(levels, sources, strict=True)]
     lengths = [pyramid.batch * height * width for height, width in sizes]
+    loops = cpu_loops(cast(Backend, spatial.backend), table.dtype)
+    shape = (min(chunk_pixels(), sum(lengths)), geometry.taps * table.shape[1])
+    samples = samples_of(table, geometry.taps, loops, workspace.take("samples", shape, table.dtype) if loops else None)
     index = workspace.take("index", (sum(lengths), geometry.taps, 4), torch.int32)
-    weight = workspace.take("weight", index.shape, table.dtype)
+    weight = workspace.take("weight", index.shape, samples.weight_dtype)
     parts = zip(levels, sources, index.split(lengths), weight.split(lengths), strict=True)
     for level, source, level_index, level_weight in parts:
         offset, mask = cast("Field", fields[level])
         if name == "high":
             offset, mask = (spatial._coarse(field, pyramid.sizes[source]) for field in (offset, mask))
         size, first_row = pyramid.sizes[source], pyramid.start(source)
-        write_plan(level_index, level_weight, offset, mask, size, geometry, first_row)
+        write_plan(level_index, level_weight, offset, mask, size, geometry, first_row, loops)
     matrix, bias = as_matrix(conv.weight).to(table.dtype), conv.bias.to(table.dtype)
-    linear = conv.packed if table.dtype == conv.weight.dtype else None
+    linear = (conv.packed if table.dtype == conv.weight.dtype else None) or packed_linear(matrix, sum(lengths))
     out = workspace.take(out_name, (sum(lengths), len(matrix)), norm.weight.dtype)
     products = out if table.dtype == out.dtype else workspace.take("products", out.shape, table.dtype)
-    sample_and_contract(table, index.flatten(), weight.flatten(), matrix, bias, linear, products)
+    sample_and_contract(samples, index.flatten(), weight.flatten(), matrix, bias, linear, products)
     if products is not out:
         out.copy_(products)
     maps = [m.view(pyramid.batch, h, w, -1) for m, (h, w) in zip(out.split(lengths), sizes, strict=True)]

@@ -14,12 +14,14 @@ where x is zero outside the map. With ``mask=None`` (m = 1) this is DCNv1 (https
 * ``bag``, plain PyTorch for CPUs (``deform_conv_cpu.py``): about 1.15 to 1.4 dense convolutions, in both.
   ``dyhead-zoo benchmark op`` measures it; it costs more when other processes contend for the cache, and with fewer
   output channels, which leave less to pay for the sampling.
+* ``numba``, the same with loops that numba compiles (``deform_conv_loops.py``), where it is installed.
 * ``triton``, one fused kernel for CUDA (``deform_conv_triton.py``).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from types import ModuleType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,9 +29,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torchvision.ops import deform_conv2d
 
 from dyhead_zoo.ops import deform_conv_cpu, deform_conv_triton
-from dyhead_zoo.ops.deform_conv_cpu import INT32_LIMIT, Geometry, Pair, position_dtype
+from dyhead_zoo.ops.deform_conv_plan import Geometry, Pair, position_dtype
+from dyhead_zoo.ops.deform_conv_samples import INT32_LIMIT, compiled_loops
 
-Backend = Literal["auto", "bag", "triton", "torchvision"]
+Backend = Literal["auto", "numba", "bag", "triton", "torchvision"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 def modulated_deform_conv2d(
@@ -62,12 +66,12 @@ def modulated_deform_conv2d(
         stride: of the sampling grid, in input pixels; an int or (vertical, horizontal).
         padding: zeros around the input, likewise.
         dilation: distance of the taps, likewise.
-        backend: ``auto`` is ``bag`` on the CPU where it applies (less than 2^31 samples, and neither compiling,
-            exporting nor tracing), ``triton`` on CUDA devices where it applies (see ``deform_conv_triton.chosen``),
-            else ``torchvision``.
+        backend: ``auto`` is ``numba`` on the CPU, or ``bag`` where numba is not installed or does not work, if they
+            apply (less than 2^31 samples, and neither compiling, exporting nor tracing); ``triton`` on CUDA devices
+            where it applies (see ``deform_conv_triton.chosen``); else ``torchvision``.
 
     Returns:
-        (B, O, Ho, Wo) of the dtype of ``x`` (of autocast, where that is on); channels_last from ``bag`` and ``triton``.
+        (B, O, Ho, Wo) of the dtype of ``x`` (of autocast, where that is on); channels_last unless from ``torchvision``.
 
     Raises:
         ValueError: shapes, dtypes or the backend do not fit.
@@ -83,8 +87,8 @@ def modulated_deform_conv2d(
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, FakeTensor)
     if not tracing:  # comparing traced sizes would constrain the sizes that an exported graph accepts
         _check(x, offset, mask, weight, bias, geometry)
-    if _use_bag(backend, x, offset, geometry, tracing):
-        return deform_conv_cpu.deform_conv2d(x, offset, mask, weight, bias, geometry)
+    if _use_cpu(backend, x, offset, geometry, tracing):
+        return deform_conv_cpu.deform_conv2d(x, offset, mask, weight, bias, geometry, cpu_loops(backend, x.dtype))
     if deform_conv_triton.chosen(backend, x, offset, weight):
         return deform_conv_triton.triton_deform_conv2d(x, offset, mask, weight, bias, *geometry[1:])
     return _reference_conv(x, offset, mask, weight, bias, geometry)
@@ -128,22 +132,38 @@ def _check(
             raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}, for {given}")
 
 
-def _use_bag(backend: str, x: Tensor, offset: Tensor, geometry: Geometry, tracing: bool) -> bool:
-    """Choose the backend.
+def cpu_loops(backend: Backend, dtype: torch.dtype) -> ModuleType | None:
+    """The loops for tables of ``dtype`` on the CPU; None for those of PyTorch's operators.
 
     Raises:
-        ValueError: ``backend`` is unknown, or is ``bag`` and cannot do this.
+        ValueError: ``backend`` is ``numba``, and it is not there or cannot do this.
     """
-    if backend not in ("auto", "bag", "triton", "torchvision"):
-        raise ValueError(f"unknown backend {backend!r}: choose 'auto', 'bag', 'triton' or 'torchvision'")
+    loops = None if backend == "bag" else compiled_loops(dtype)
+    if backend == "numba" and loops is None:
+        raise ValueError(
+            f"backend 'numba' does not work here for {dtype} on {torch.get_num_threads()} threads: install it by "
+            "pip install 'dyhead-zoo[numba]', or choose 'auto' or 'bag'"
+        )
+    return loops
+
+
+def _use_cpu(backend: str, x: Tensor, offset: Tensor, geometry: Geometry, tracing: bool) -> bool:
+    """Whether ``deform_conv_cpu`` is to do it.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or is ``bag`` or ``numba`` and cannot do this.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose {', '.join(map(repr, BACKENDS))}")
     if backend in ("triton", "torchvision") or (backend == "auto" and (tracing or x.device.type != "cpu")):
         return False
     samples = offset.shape[0] * offset.shape[2] * offset.shape[3] * geometry.taps * 4
     rows = x.shape[0] * x.shape[2] * x.shape[3]
     if max(samples, rows) >= INT32_LIMIT:
-        if backend == "bag":
+        if backend != "auto":
             raise ValueError(
-                f"backend 'bag' counts in int32, not {samples} samples of {rows} pixels: choose 'auto' or 'torchvision'"
+                f"backend {backend!r} counts in int32, not {samples} samples of {rows} pixels: choose 'auto' or "
+                "'torchvision'"
             )
         return False
     return samples * rows > 0  # without any there is nothing to gain, and no first chunk

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dyhead_zoo.ops.deform_conv_cpu import Pair
+from dyhead_zoo.ops.deform_conv_plan import Pair
 
 
 class Pyramid(NamedTuple):

@@ -1,0 +1,404 @@
+"""The loops of the deformable convolution on CPUs, compiled by numba; without numba this module cannot be imported.
+
+They do what ``deform_conv_plan`` and ``deform_conv_samples`` do with PyTorch's operators, where the steps are
+explained, but in one pass each: no intermediate tensors, results in memory that is there already, no sorting in the
+backward pass. Every function takes tensors whose shapes its caller has seen to.
+
+**Threads.** A loop runs on the threads of PyTorch's own operators: its C entry point is handed to ``GOMP_parallel``,
+the function behind ``#pragma omp parallel``, of the OpenMP library that PyTorch is linked to. Numba's pools would be a
+second set of threads, and the two would wait for each other's cores. Where PyTorch has another OpenMP (macOS,
+Windows), there is no such function, and ``usable`` says so unless PyTorch is to use one thread.
+
+**bfloat16**, which numba does not know, is handled as its 16 bits, the upper half of a float32.
+
+Numba keeps what it compiled on disk (in ``NUMBA_CACHE_DIR``, or beside this file), for the next process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dyhead_zoo.ops.deform_conv_plan import Geometry, Pair
+
+STORED = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
+"""Dtypes of tables, and how numba sees their elements."""
+_ENOUGH = 2**15  # channels of samples from which on more threads pay
+_UNBOUNDED = 2**31  # rows of a table, which are not checked
+
+
+def usable(dtype: torch.dtype) -> bool:
+    """Whether tables of this dtype can be sampled on as many threads as PyTorch has now."""
+    return dtype in STORED and (torch.get_num_threads() == 1 or _openmp() is not None)
+
+
+def write_rows(
+    index: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    in_size: Pair,
+    geometry: Geometry,
+    first_row: int,
+    top: int,
+) -> None:
+    """``deform_conv_plan._write_rows``; ``weight`` is of the dtype of ``offset``."""
+    arguments = _fields(offset, mask, in_size, geometry, top)
+    _run(_write, offset.dtype, offset[:, 0].numel(), 4 * geometry.taps, [*arguments, first_row, index, weight])
+
+
+def plan_gradients(
+    grad_weight: Tensor, offset: Tensor, mask: Tensor | None, in_size: Pair, geometry: Geometry
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of offset (B, 2·K, Ho, Wo) and mask (B, K, Ho, Wo) from that of the weights of the samples (P·K·4,)."""
+    batch, _, out_h, out_w = offset.shape
+    grad_offset = offset.new_empty(batch, out_h, out_w, 2 * geometry.taps)
+    grad_mask = None if mask is None else offset.new_empty(batch, out_h, out_w, geometry.taps)
+    arguments = _fields(offset, mask, in_size, geometry, 0)
+    pixels = batch * out_h * out_w
+    _run(_differentiate, offset.dtype, pixels, 4 * geometry.taps, [*arguments, grad_weight, grad_offset, grad_mask])
+    return grad_offset.permute(0, 3, 1, 2), None if grad_mask is None else grad_mask.permute(0, 3, 1, 2)
+
+
+def sum_corners(table: Tensor, index: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Samples: ``out[n]`` becomes the sum of ``weight[4n + c] · table[index[4n + c]]`` over the corners c = 0, .., 3.
+
+    Args:
+        table: (R, C), contiguous.
+        index: (4·N,) int32.
+        weight: (4·N,), float32, or float64 with such a table.
+        out: (N, C), contiguous, of the dtype of ``table``.
+    """
+    _run(_sum, table.dtype, len(out), table.shape[1], [table.shape[1], table, index, weight, out])
+
+
+def add_gradients(
+    table: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    grad_out: Tensor,
+    grad_weight: Tensor | None,
+    grad_table: Tensor | None,
+) -> None:
+    """The derivative of ``sum_corners``: writes ``grad_weight`` and adds to ``grad_table``.
+
+    Args:
+        table, index, weight: as there.
+        grad_out: (N, C), contiguous, of the dtype of ``table``.
+        grad_weight: (4·N,) like ``weight``, or None.
+        grad_table: (R, C) like ``weight``, or None.
+    """
+    arguments = (table.shape[1], table, index, weight, grad_out, grad_weight, grad_table)
+    _run(_add, table.dtype, len(grad_out), 4 * table.shape[1], arguments)
+
+
+# -- calling -----------------------------------------------------------------------------------------------------------
+
+
+class _OpenMP(NamedTuple):
+    """Functions of PyTorch's OpenMP library: one to call, and the addresses of two."""
+
+    parallel: Callable[..., None]
+    thread_num: int
+    num_threads: int
+
+
+@functools.cache
+def _openmp() -> _OpenMP | None:
+    try:  # a symbol is looked up in a library and in those that it is linked to
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        parallel, *others = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return _OpenMP(parallel, *(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in others))
+
+
+def _fields(offset: Tensor, mask: Tensor | None, in_size: Pair, geometry: Geometry, top: int) -> list[Any]:
+    """What ``_unpack`` reads."""
+    mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+    numbers = [number for pair in (*geometry, in_size, offset.shape[2:]) for number in pair]
+    return [offset, mask, *numbers, top, *offset.stride(), *mask_strides]
+
+
+def _run(
+    build: Callable[..., Any], dtype: torch.dtype, turns: int, width: int, arguments: Sequence[Tensor | int | None]
+) -> None:
+    """Run a loop of so many turns of that width for a dtype.
+
+    The C function gets one array of int64: the addresses of the two functions of OpenMP, or zeros, the number of turns,
+    and the arguments, numbers as they are and tensors as the address of their first element (None is 0).
+    """
+    entry = _compiled(build, dtype)
+    threads = torch.get_num_threads()
+    openmp = _openmp() if threads > 1 and turns * width >= _ENOUGH else None
+    numbers = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    head = (0, 0) if openmp is None else openmp[1:]
+    block = (ctypes.c_int64 * (3 + len(numbers)))(*head, turns, *numbers)
+    if openmp is None:
+        entry.ctypes(ctypes.addressof(block))
+    else:
+        openmp.parallel(entry.address, ctypes.addressof(block), threads, 0)
+
+
+@functools.cache
+def _compiled(build: Callable[..., Any], dtype: torch.dtype) -> Any:
+    real = np.float64 if dtype == torch.float64 else np.float32
+    return numba.cfunc(types.void(types.voidptr), cache=True, **_OPTIONS)(build(STORED[dtype], real))
+
+
+# -- the language of the loops -----------------------------------------------------------------------------------------
+
+# NaN and Inf remain what they are
+_OPTIONS = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+_inlined = numba.njit(inline="always", **_OPTIONS)
+
+
+@intrinsic
+def _pointer(_: Any, address: Any) -> Any:
+    """An address as a pointer."""
+    return types.voidptr(address), lambda _, builder, __, args: builder.inttoptr(args[0], cgutils.voidptr_t)
+
+
+@intrinsic
+def _call(_: Any, address: Any) -> Any:
+    """What the C function ``int f(void)`` at an address returns."""
+
+    def code(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
+
+    return types.int32(address), code
+
+
+@intrinsic
+def _as_float32(_: Any, bits: Any) -> Any:
+    """The number whose bits these are."""
+    return types.float32(types.uint32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _as_bits(_: Any, number: Any) -> Any:
+    """The bits of a number."""
+    return types.uint32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+def _number(stored: Any) -> Any:
+    """An element of a table as the number that it is: of bfloat16, given as uint16, the float32; others unchanged."""
+
+
+def _stored(number: Any, like: Any) -> Any:
+    """A number as the element ``like`` is of; to bfloat16 it is rounded to the nearest, ties to even."""
+
+
+@overload(_number, inline="always")
+def _(stored: Any) -> Any:
+    def widened(stored: Any) -> Any:
+        return _as_float32(np.uint32(stored) << np.uint32(16))
+
+    def unchanged(stored: Any) -> Any:
+        return stored
+
+    return widened if stored == types.uint16 else unchanged
+
+
+@overload(_stored, inline="always")
+def _(number: Any, like: Any) -> Any:
+    def rounded(number: Any, like: Any) -> Any:
+        bits = _as_bits(number)
+        nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        return np.uint16(nearest if number == number else np.uint32(0x7FC0))
+
+    def unchanged(number: Any, like: Any) -> Any:
+        return number
+
+    return rounded if like == types.uint16 else unchanged
+
+
+@_inlined
+def _share(block: Any) -> Any:
+    """Number of this thread, count of threads, and the turns of this thread: from the first to before the last."""
+    thread, threads = (0, 1) if block[0] == 0 else (_call(block[0]), _call(block[1]))
+    turns = block[2]
+    return thread, threads, turns * thread // threads, turns * (thread + 1) // threads
+
+
+@_inlined
+def _geometry(block: Any) -> Any:
+    """The numbers of ``_fields``, out of memory that results may be thought to overlap."""
+    g = block
+    return (
+        *((g[5], g[6]), (g[7], g[8]), (g[9], g[10]), (g[11], g[12]), (g[13], g[14]), (g[15], g[16])),
+        *(g[17], (g[18], g[19], g[20], g[21]), (g[22], g[23], g[24], g[25])),
+    )
+
+
+@_inlined
+def _neighbours(position: Any, size: Any, real: Any) -> Any:
+    """``deform_conv_plan._neighbours`` of one position."""
+    if position < real(-2):
+        position = real(-2)
+    elif position > real(size + 1):
+        position = real(size + 1)
+    low = np.floor(position)
+    fraction = position - low
+    first: Any = np.int64(low) if low == low else np.int64(0)  # NaN has no integer
+    second = first + 1
+    inside0 = real(1) if 0 <= first < size else real(0)
+    inside1 = real(1) if 0 <= second < size else real(0)
+    # products, so that a NaN comes through
+    weight0, weight1 = inside0 - fraction * inside0, fraction * inside1
+    first, second = max(min(first, size - 1), 0), max(min(second, size - 1), 0)
+    return first, second, weight0, weight1, inside0, inside1
+
+
+@_inlined
+def _site(geometry: Any, offset: Any, mask: Any, image: Any, y: Any, x: Any, ky: Any, kx: Any, real: Any) -> Any:
+    """For a tap of an output pixel the ``_neighbours`` in both directions, and the mask."""
+    kernel, stride, padding, dilation, in_size, _, top, offset_strides, mask_strides = geometry
+    tap = ky * kernel[1] + kx
+    at = image * offset_strides[0] + 2 * tap * offset_strides[1] + y * offset_strides[2] + x * offset_strides[3]
+    row = offset[at] + real((y + top) * stride[0] - padding[0] + ky * dilation[0])
+    column = offset[at + offset_strides[1]] + real(x * stride[1] - padding[1] + kx * dilation[1])
+    factor = real(1)
+    if mask.size:
+        factor = mask[image * mask_strides[0] + tap * mask_strides[1] + y * mask_strides[2] + x * mask_strides[3]]
+    return _neighbours(row, in_size[0], real), _neighbours(column, in_size[1], real), factor
+
+
+# -- the loops ---------------------------------------------------------------------------------------------------------
+
+
+def _write(_: Any, real: Any) -> Callable[[Any], None]:
+    """Index and weights of all samples; a turn is an output pixel."""
+
+    def loop(address: Any) -> None:
+        block = numba.carray(address, (29,), np.int64)
+        _, _, first, last = _share(block)
+        geometry = _geometry(block)
+        (kernel_h, kernel_w), in_size, (out_h, out_w) = geometry[0], geometry[4], geometry[5]
+        offset = numba.carray(_pointer(block[3]), (_UNBOUNDED,), real)
+        mask = numba.carray(_pointer(block[4]), (_UNBOUNDED if block[4] else 0,), real)
+        first_row = block[26]
+        index = numba.carray(_pointer(block[27]), (_UNBOUNDED,), np.int32)
+        weight = numba.carray(_pointer(block[28]), (_UNBOUNDED,), real)
+        n = first * kernel_h * kernel_w * 4
+        for pixel in range(first, last):
+            image, y, x = pixel // (out_h * out_w), pixel // out_w % out_h, pixel % out_w
+            start = first_row + image * in_size[0] * in_size[1]
+            for ky in range(kernel_h):
+                for kx in range(kernel_w):
+                    rows, columns, factor = _site(geometry, offset, mask, image, y, x, ky, kx, real)
+                    top, bottom = start + rows[0] * in_size[1], start + rows[1] * in_size[1]
+                    weight_top, weight_bottom = rows[2] * factor, rows[3] * factor
+                    index[n], index[n + 1] = top + columns[0], top + columns[1]
+                    index[n + 2], index[n + 3] = bottom + columns[0], bottom + columns[1]
+                    weight[n], weight[n + 1] = weight_top * columns[2], weight_top * columns[3]
+                    weight[n + 2], weight[n + 3] = weight_bottom * columns[2], weight_bottom * columns[3]
+                    n += 4
+
+    return loop
+
+
+def _differentiate(_: Any, real: Any) -> Callable[[Any], None]:
+    """Gradients of offsets and masks from those of the weights; a turn is an output pixel."""
+
+    def loop(address: Any) -> None:
+        block = numba.carray(address, (29,), np.int64)
+        _, _, first, last = _share(block)
+        geometry = _geometry(block)
+        (kernel_h, kernel_w), (out_h, out_w) = geometry[0], geometry[5]
+        offset = numba.carray(_pointer(block[3]), (_UNBOUNDED,), real)
+        mask = numba.carray(_pointer(block[4]), (_UNBOUNDED if block[4] else 0,), real)
+        grad_weight = numba.carray(_pointer(block[26]), (_UNBOUNDED, 4), real)
+        grad_offset = numba.carray(_pointer(block[27]), (_UNBOUNDED, 2), real)
+        grad_mask = numba.carray(_pointer(block[28]), (_UNBOUNDED,), real)
+        n = first * kernel_h * kernel_w
+        for pixel in range(first, last):
+            image, y, x = pixel // (out_h * out_w), pixel // out_w % out_h, pixel % out_w
+            for ky in range(kernel_h):
+                for kx in range(kernel_w):
+                    rows, columns, factor = _site(geometry, offset, mask, image, y, x, ky, kx, real)
+                    _, _, y0, y1, inside_y0, inside_y1 = rows
+                    _, _, x0, x1, inside_x0, inside_x1 = columns
+                    g = grad_weight[n]
+                    upper, lower = g[0] * x0 + g[1] * x1, g[2] * x0 + g[3] * x1
+                    left, right = g[0] * y0 + g[2] * y1, g[1] * y0 + g[3] * y1
+                    # the weights of the neighbours are 1 - fraction and fraction, inside the map
+                    grad_offset[n, 0] = factor * (lower * inside_y1 - upper * inside_y0)
+                    grad_offset[n, 1] = factor * (right * inside_x1 - left * inside_x0)
+                    if mask.size:
+                        grad_mask[n] = upper * y0 + lower * y1
+                    n += 1
+
+    return loop
+
+
+def _sum(stored: Any, real: Any) -> Callable[[Any], None]:
+    """Weighted sums of four rows; a turn is a sample."""
+
+    def loop(address: Any) -> None:
+        block = numba.carray(address, (8,), np.int64)
+        _, _, first, last = _share(block)
+        channels = block[3]
+        table = numba.carray(_pointer(block[4]), (_UNBOUNDED, channels), stored)
+        index = numba.carray(_pointer(block[5]), (_UNBOUNDED, 4), np.int32)
+        weight = numba.carray(_pointer(block[6]), (_UNBOUNDED, 4), real)
+        out = numba.carray(_pointer(block[7]), (_UNBOUNDED, channels), stored)
+        for n in range(first, last):
+            w0, w1, w2, w3 = weight[n, 0], weight[n, 1], weight[n, 2], weight[n, 3]
+            r0, r1, r2, r3 = table[index[n, 0]], table[index[n, 1]], table[index[n, 2]], table[index[n, 3]]
+            target = out[n]
+            for c in range(channels):
+                total = w0 * _number(r0[c]) + w1 * _number(r1[c]) + w2 * _number(r2[c]) + w3 * _number(r3[c])
+                target[c] = _stored(total, target[c])
+
+    return loop
+
+
+def _add(stored: Any, real: Any) -> Callable[[Any], None]:
+    """Derivative of the sums. A turn is a sample, and every thread takes all of them, for the rows that are its own.
+
+    So nothing is written by two threads, and the sums do not depend on their number.
+    """
+
+    def loop(address: Any) -> None:
+        block = numba.carray(address, (10,), np.int64)
+        thread, threads, _, _ = _share(block)
+        turns, channels = block[2], block[3]
+        table = numba.carray(_pointer(block[4]), (_UNBOUNDED, channels), stored)
+        index = numba.carray(_pointer(block[5]), (_UNBOUNDED, 4), np.int32)
+        weight = numba.carray(_pointer(block[6]), (_UNBOUNDED, 4), real)
+        grad_out = numba.carray(_pointer(block[7]), (_UNBOUNDED, channels), stored)
+        need_weight, need_table = block[8] != 0, block[9] != 0
+        grad_weight = numba.carray(_pointer(block[8]), (_UNBOUNDED, 4), real)
+        grad_table = numba.carray(_pointer(block[9]), (_UNBOUNDED, channels), real)
+        for n in range(turns):
+            grad = grad_out[n]
+            for corner in range(4):
+                number = index[n, corner]
+                if number % threads != thread:
+                    continue
+                if need_weight:
+                    row, product = table[number], real(0)
+                    for c in range(channels):
+                        product += _number(grad[c]) * _number(row[c])
+                    grad_weight[n, corner] = product
+                if need_table:
+                    total, factor = grad_table[number], weight[n, corner]
+                    for c in range(channels):
+                        total[c] += factor * _number(grad[c])
+
+    return loop

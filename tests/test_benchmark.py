@@ -129,15 +129,17 @@ def test_operators_do_the_same_work() -> None:
     ]
     for case in cases:
         given = outputs(case)
-        if isinstance(given["bag"], Tensor):
-            assert given["dense"].shape == given["bag"].shape
-            assert_close(given["bag"], given["torchvision"], 1e-5)
-            assert_close(given["bag bf16"].float(), given["torchvision"], 0.02)
+        if isinstance(given["ours"], Tensor):
+            assert given["dense"].shape == given["ours"].shape
+            for name in ("ours", "bag"):
+                assert_close(given[name], given["torchvision"], 1e-5)
+                assert_close(given[f"{name} bf16"].float(), given["torchvision"], 0.02)
             for runtime in given.keys() & {"onnxruntime", "openvino"}:
                 assert_close(torch.as_tensor(given[runtime][0]), given["torchvision"], 1e-5)
         else:
-            for ours, theirs in zip(given["bag"], given["torchvision"], strict=True):
-                assert_close(ours, theirs, 1e-5)
+            for name in ("ours", "bag"):
+                for ours, theirs in zip(given[name], given["torchvision"], strict=True):
+                    assert_close(ours, theirs, 1e-5)
 
 
 @pytest.mark.skipif(
@@ -145,7 +147,7 @@ def test_operators_do_the_same_work() -> None:
 )
 def test_other_runtimes_take_part_where_installed() -> None:
     case = next(benchmark_cases.op_cases([(9, 6)], channels=4))
-    assert ("bag", "onnxruntime") in case.pairs
+    assert ("ours", "onnxruntime") in case.pairs
 
 
 def test_heads_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,24 +156,34 @@ def test_heads_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dyhead_inference, "forward", lambda *args: calls.append(1) or fused(*args))
     (case,) = benchmark_cases.head_cases([IMAGE], [2], blocks=1, channels=16)
     given = outputs(case)
-    assert len(calls) == 3  # "fused", "fused, packed" and "fused bf16" only
+    assert len(calls) == 4  # "fused", "fused, packed", "fused, bag" and "fused bf16" only
     for level in range(5):
-        for name in ("fused", "fused, packed", "torchvision op"):
+        for name in ("fused", "fused, packed", "fused, bag", "torchvision op"):
             assert_close(given[name][level], given["modules"][level], 1e-4)
 
 
 def test_training_steps_leave_no_gradients_behind() -> None:
     (case,) = benchmark_cases.train_cases([IMAGE], blocks=1, channels=16, reference=True)
     outputs(case)
-    assert len(case.pairs) == 3
+    assert len(case.pairs) == 4
+
+
+def test_without_numba_nothing_else_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_cases, "numba_works", lambda: False)
+    heads = benchmark_cases.head_cases([IMAGE], [1], blocks=1, channels=16)
+    steps = benchmark_cases.train_cases([IMAGE], blocks=1, channels=16)
+    for case in (next(benchmark_cases.op_cases([(9, 6)], channels=4)), next(heads), next(steps)):
+        assert not any("bag" in name for name in case.contestants)
+        assert {name for pair in case.pairs for name in pair} <= set(case.contestants)
 
 
 def test_detector_cases() -> None:
     detector = create_detector("atss_lite0_dyhead2")
     inference, *parts, training = benchmark_cases.detector_cases(detector, IMAGE)
     found = outputs(inference)
-    for ours, theirs in zip(found["ours"], found["torchvision op"], strict=True):
-        torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-4, rtol=1e-3)
+    for name in ("ours", "ours, bag"):
+        for ours, theirs in zip(found[name], found["torchvision op"], strict=True):
+            torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-4, rtol=1e-3)
     for case in (*parts, training):
         outputs(case)
     assert {subject for subject, _ in parts[0].pairs} == {"normalise", "backbone", "FPN", "DyHead", "head", "decode"}
@@ -188,7 +200,7 @@ def test_training_steps_freeze_what_the_weights_of_the_name_are_trained_with() -
 
 def test_settings_reach_every_deformable_convolution() -> None:
     detector = benchmark_parts.with_settings(create_detector("test_reppoints_dyhead1"), backend="torchvision")
-    backends = [part.backend for part in detector.modules() if hasattr(part, "backend")]
+    backends = [part.backend for part in detector.modules() if "backend" in vars(part)]
     assert len(backends) == 5 and set(backends) == {"torchvision"}
 
 

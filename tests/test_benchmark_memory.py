@@ -77,10 +77,10 @@ def test_other_systems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_every_contestant_does_its_work() -> None:
     for backward in (False, True):
-        for contestant in ("dense", "bag", "torchvision"):
+        for contestant in ("dense", "ours", "bag", "torchvision"):
             result = operator_work(contestant, (9, 6), backward=backward, channels=4)()
             assert isinstance(result, tuple) == backward
-    for contestant in ("dense convs", "bag", "checkpointed"):
+    for contestant in ("dense convs", "ours", "bag", "checkpointed"):
         head_work(contestant, SMALL, blocks=1, channels=16)()
     for contestant in ("ours", "ours, checkpointed", "torchvision op"):
         detector_work("test_atss_dyhead1", contestant, SMALL)()

@@ -28,7 +28,7 @@ from dyhead_zoo.version import __version__
 
 Contestant = Callable[[], object]
 
-OTHERS = ("onnxruntime", "openvino", "pycocotools", "hotcoco")
+OTHERS = ("numba", "onnxruntime", "openvino", "pycocotools", "hotcoco")
 """Packages whose version a figure may depend on, where they are installed."""
 
 

@@ -1,7 +1,8 @@
 """What ``dyhead-zoo benchmark`` compares.
 
 The yardstick for operator and head are dense 3x3 convolutions of the same shapes (``F.conv2d``, float32,
-channels_last): they make the same multiply-adds near the machine's peak, so they are a floor.
+channels_last): they make the same multiply-adds near the machine's peak, so they are a floor. Where numba is installed,
+``bag`` does without it, and whatever else is ours uses it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dyhead_zoo.engine.benchmark_parts import (
     forward,
     frozen_as_trained,
     head_step,
+    numba_works,
     operator_inputs,
     random_head,
     random_images,
@@ -43,6 +45,7 @@ from dyhead_zoo.engine.predict import sample_photo
 from dyhead_zoo.factory import create_detector
 from dyhead_zoo.layers.dyhead import pack_weights
 from dyhead_zoo.ops import modulated_deform_conv2d
+from dyhead_zoo.ops.deform_conv import Backend
 
 MAPS = ((64, 64), (100, 168))
 IMAGES = ((640, 640), (800, 1344))
@@ -118,25 +121,30 @@ def op_cases(maps: Sequence[tuple[int, int]] = MAPS, channels: int = 256) -> Ite
             x, offset, mask, weight = inputs
             dense = partial(F.conv2d, stride=stride, padding=1)
             deformable = partial(modulated_deform_conv2d, stride=stride, padding=1)
-            bag, reference = (partial(deformable, backend=backend) for backend in ("bag", "torchvision"))
+            backends: dict[str, Backend] = {"ours": "auto", **({"bag": "bag"} if numba_works() else {})}
+            ours = {name: partial(deformable, backend=backend) for name, backend in backends.items()}
+            reference = partial(deformable, backend="torchvision")
             low = (x.bfloat16(), offset, mask, weight.bfloat16())
             contestants: dict[str, Contestant] = {
                 "dense": forward(dense, x, weight),
                 "dense bf16": forward(dense, low[0], low[3]),
-                "bag": forward(bag, *inputs),
-                "bag bf16": forward(bag, *low),
+                **{name: forward(operator, *inputs) for name, operator in ours.items()},
+                **{f"{name} bf16": forward(operator, *low) for name, operator in ours.items()},
                 "torchvision": forward(reference, *inputs),
+                **(others := _other_runtimes(*inputs, stride)),
             }
             name = f"{height}x{width}x{channels} stride {stride}"
-            pairs = (("bag", "dense"), ("bag bf16", "dense"), ("dense bf16", "dense"), ("torchvision", "bag"))
-            contestants |= (others := _other_runtimes(*inputs, stride))
-            yield Case(f"{name} forward", contestants, pairs + tuple(("bag", other) for other in others))
+            pairs = [(own, "dense") for own in ours] + [(f"{own} bf16", "dense") for own in ours]
+            pairs += [("dense bf16", "dense"), ("torchvision", "ours")]
+            pairs += [(own, other) for other in others for own in ours]
+            yield Case(f"{name} forward", contestants, tuple(pairs))
             contestants = {
                 "dense": with_backward(dense, x, weight),
-                "bag": with_backward(bag, *inputs),
+                **{name: with_backward(operator, *inputs) for name, operator in ours.items()},
                 "torchvision": with_backward(reference, *inputs),
             }
-            yield Case(f"{name} forward+backward", contestants, (("bag", "dense"), ("torchvision", "bag")))
+            pairs = [(own, "dense") for own in ours] + [("torchvision", "ours")]
+            yield Case(f"{name} forward+backward", contestants, tuple(pairs))
 
 
 def _other_runtimes(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, stride: int) -> dict[str, Contestant]:
@@ -166,7 +174,12 @@ def head_cases(
                 "modules": without_gradients(partial(modules, features)),
                 "torchvision op": without_gradients(partial(reference, features)),
             }
-            pairs = tuple((name, "dense convs") for name in ("fused", "fused, packed", "fused bf16", "modules"))
+            subjects = ["fused", "fused, packed", "fused bf16", "modules"]
+            if numba_works():
+                plain = with_settings(head, backend="bag")
+                contestants["fused, bag"] = without_gradients(partial(plain, features))
+                subjects.insert(1, "fused, bag")
+            pairs = [(name, "dense convs") for name in subjects]
             yield Case(f"{height}x{width} batch {batch}", contestants, (*pairs, ("torchvision op", "fused")))
 
 
@@ -187,13 +200,16 @@ def train_cases(
         checkpointed = with_settings(head, grad_checkpointing=True)
         contestants = {
             "dense convs": head_step(with_dense_convs(head), features),
-            "bag": head_step(head, features),
+            "ours": head_step(head, features),
             "checkpointed": head_step(checkpointed, features),
             "torchvision op": head_step(with_settings(head, backend="torchvision"), features),
         }
-        pairs = [("bag", "dense convs"), ("checkpointed", "dense convs")]
+        pairs = [("ours", "dense convs"), ("checkpointed", "dense convs")]
+        if numba_works():
+            contestants["bag"] = head_step(with_settings(head, backend="bag"), features)
+            pairs.insert(1, ("bag", "dense convs"))
         if reference:
-            pairs.append(("torchvision op", "bag"))
+            pairs.append(("torchvision op", "ours"))
         yield Case(f"{height}x{width} step", contestants, tuple(pairs))
 
 
@@ -210,8 +226,14 @@ def detector_cases(detector: Detector, size: tuple[int, int] = (640, 640), *, st
         "ours": without_gradients(partial(detect, ours, images, channels_last=True)),
         "torchvision op": without_gradients(partial(detect, theirs, images)),
     }
+    pairs = [("torchvision op", "ours")]
+    if numba_works():
+        plain = with_settings(ours, backend="bag")
+        pack_weights(plain)
+        whole["ours, bag"] = without_gradients(partial(detect, plain, images, channels_last=True))
+        pairs.append(("torchvision op", "ours, bag"))
     name = f"{detector.name} {size[0]}x{size[1]}"
-    yield Case(f"{name} inference", whole, (("torchvision op", "ours"),))
+    yield Case(f"{name} inference", whole, tuple(pairs))
     for label, part in (("ours", ours), ("torchvision op", theirs)):
         stages = stages_of(part, images, channels_last=label == "ours") | {"whole": whole[label]}
         yield Case(f"{name} {label}", stages, tuple((stage, "whole") for stage in stages if stage != "whole"))
@@ -220,7 +242,9 @@ def detector_cases(detector: Detector, size: tuple[int, int] = (640, 640), *, st
         ours = copy.deepcopy(trained).to(memory_format=torch.channels_last)
         theirs = with_settings(trained, backend="torchvision")
         training = {"ours": detector_step(ours, images), "torchvision op": detector_step(theirs, images)}
-        yield Case(f"{name} training step", training, (("torchvision op", "ours"),))
+        if numba_works():
+            training["ours, bag"] = detector_step(with_settings(ours, backend="bag"), images)
+        yield Case(f"{name} training step", training, tuple(pairs))
 
 
 def photo_cases(detector: Detector, photo: Path) -> Iterator[Case]:

@@ -30,6 +30,7 @@ from dyhead_zoo.engine.benchmark_parts import (
     forward,
     frozen_as_trained,
     head_step,
+    numba_works,
     operator_inputs,
     random_head,
     random_images,
@@ -86,12 +87,13 @@ class MemoryRow:
 
 def memory_cases() -> Iterator[MemoryCase]:
     """Operator, head, detector and torchvision's detectors, see ``operator_work`` and the like."""
-    operators, small = ("dense", "bag", "torchvision"), (48, 48)  # large enough for the matrix to be packed
+    plain = ("bag",) if numba_works() else ()
+    operators, small = ("dense", "ours", *plain, "torchvision"), (48, 48)  # large enough for the matrix to be packed
     for backward, way in ((False, "inference"), (True, "training")):
         make = partial(operator_work, backward=backward)
         yield MemoryCase(f"op 100x168x256 {way}", make, operators, (100, 168), small)
     yield MemoryCase(
-        "head 800x1344 training", head_work, ("dense convs", "bag", "checkpointed"), (800, 1344), (128, 128)
+        "head 800x1344 training", head_work, ("dense convs", "ours", *plain, "checkpointed"), (800, 1344), (128, 128)
     )
     name = "atss_resnet50_dyhead6"
     contestants = ("ours", "ours, checkpointed", "torchvision op")
@@ -136,27 +138,29 @@ def run_memory_benchmark(
 def operator_work(contestant: str, size: Size, *, backward: bool, channels: int = 256) -> Contestant:
     """The deformable convolution on a map, stride 1, batch 1; ``backward`` with the gradients of all inputs.
 
-    Contestants: ``dense`` (convolution) and the backends ``bag`` and ``torchvision``.
+    Contestants: ``dense`` (convolution), ``ours``, and the backends ``bag`` and ``torchvision``.
     """
     inputs = operator_inputs(*size, channels)
     ready = with_backward if backward else forward
     if contestant == "dense":
         return ready(partial(F.conv2d, padding=1), inputs.x, inputs.weight)
-    return ready(partial(modulated_deform_conv2d, padding=1, backend=cast(Backend, contestant)), *inputs)
+    backend = cast(Backend, "auto" if contestant == "ours" else contestant)
+    return ready(partial(modulated_deform_conv2d, padding=1, backend=backend), *inputs)
 
 
 def head_work(contestant: str, size: Size, *, blocks: int = 6, channels: int = 256) -> Contestant:
     """One forward and backward pass of DyHead on the pyramid of an image, batch 1.
 
-    Contestants: ``dense convs`` in place of the deformable ones, ``bag``, and the same ``checkpointed`` by block, with
-    the C library told what ``train --grad-checkpointing`` tells it.
+    Contestants: ``dense convs`` in place of the deformable ones, ``ours``, the backend ``bag``, and ours
+    ``checkpointed`` by block, with the C library told what ``train --grad-checkpointing`` tells it.
     """
     if contestant == "checkpointed":
         heap.return_large_blocks()
     head = random_head(blocks, channels).train()
     if contestant == "dense convs":
         head = with_dense_convs(head)
-    head = with_settings(head, grad_checkpointing=contestant == "checkpointed")
+    backend = "bag" if contestant == "bag" else "auto"
+    head = with_settings(head, grad_checkpointing=contestant == "checkpointed", backend=backend)
     return head_step(head, random_pyramid(*size, 1, channels))
 
 

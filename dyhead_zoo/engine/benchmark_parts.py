@@ -18,12 +18,18 @@ from dyhead_zoo.detector import Detector, TrainStep
 from dyhead_zoo.engine.benchmark import Contestant
 from dyhead_zoo.layers.dyhead import DeformConv3x3, DyHead
 from dyhead_zoo.models.reppoints import PointConv
+from dyhead_zoo.ops.deform_conv_samples import compiled_loops
 
 Module = TypeVar("Module", bound=nn.Module)
 
 STRIDES = (8, 16, 32, 64, 128)
 
 _randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+
+
+def numba_works() -> bool:
+    """Whether deformable convolutions in float32 use it, so that doing without it is something else."""
+    return compiled_loops(torch.float32) is not None
 
 
 class OperatorInputs(NamedTuple):

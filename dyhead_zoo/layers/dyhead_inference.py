@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dyhead_zoo.ops.deform_conv import Backend, cpu_loops
 from dyhead_zoo.ops.deform_conv_cpu import as_matrix, chunk_pixels, packed_linear, sample_and_contract
-from dyhead_zoo.ops.deform_conv_plan import Geometry, as_table, write_plan
+from dyhead_zoo.ops.deform_conv_plan import Geometry, write_plan
 from dyhead_zoo.ops.deform_conv_samples import INT32_LIMIT, samples_of
 from dyhead_zoo.ops.pyramid import Pyramid
 
@@ -112,7 +112,7 @@ def forward(blocks: Sequence[DyHeadBlock], features: Sequence[Tensor]) -> list[T
     dtype = features[0].dtype
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
-    table = torch.cat([as_table(x) for x in features]).to(dtype)
+    table = pyramid.table([x.detach() for x in features], dtype)
     workspace = _Workspace()
     for number, block in enumerate(blocks):
         table = _block(block, table.to(dtype), pyramid, workspace, f"table {number % 2}")

@@ -156,8 +156,12 @@ def _run(
 
 @functools.cache
 def _compiled(build: Callable[..., Any], dtype: torch.dtype) -> Any:
-    real = np.float64 if dtype == torch.float64 else np.float32
-    return numba.cfunc(types.void(types.voidptr), cache=True, **_OPTIONS)(build(STORED[dtype], real))
+    loop = build(STORED[dtype], np.float64 if dtype == torch.float64 else np.float32)
+    compiler = functools.partial(numba.cfunc, types.void(types.voidptr), **_OPTIONS)
+    try:
+        return compiler(cache=True)(loop)
+    except RuntimeError:  # there is no place on disk that it may write to
+        return compiler()(loop)
 
 
 # -- the language of the loops -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dyhead_zoo.ops.deform_conv_plan import Pair
@@ -39,6 +40,17 @@ class Pyramid(NamedTuple):
     def start(self, level: int) -> int:
         """The first row of a level; for the number of levels: how many rows there are."""
         return self.batch * sum(map(self.pixels, range(level)))
+
+    def table(self, features: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The pixels of maps (B, C, H_l, W_l), (rows, C), in another dtype; not differentiable."""
+        table = features[0].new_empty(self.start(len(features)), features[0].shape[1], dtype=dtype)
+        for x, rows in zip(features, self.maps(table), strict=True):
+            if x.is_contiguous(memory_format=torch.channels_last):
+                rows.copy_(x)
+            else:  # the copy of a 2-D transpose is blocked, that of a 4-D permutation is not and takes twice as long
+                for image, target in zip(x, rows, strict=True):
+                    target.flatten(1).t().copy_(image.flatten(1).t())
+        return table
 
     def maps(self, table: Tensor) -> list[Tensor]:
         """All levels of a table (rows, C) as channels_last maps (B, C, H_l, W_l), views."""

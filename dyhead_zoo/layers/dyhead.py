@@ -235,7 +235,8 @@ class SpatialAttention(nn.Module):
     @property
     def backend(self) -> Backend | None:
         """That of the deformable convolutions; None if they differ or are ordinary ones."""
-        backends = {getattr(getattr(self, f"conv_{name}"), "backend", None) for name in _SAMPLED}
+        convs = [conv for name in _SAMPLED if (conv := getattr(self, f"conv_{name}", None)) is not None]
+        backends = {getattr(conv, "backend", None) for conv in convs}
         return backends.pop() if len(backends) == 1 else None
 
     def _coarse(self, field: Tensor, size: tuple[int, int]) -> Tensor:

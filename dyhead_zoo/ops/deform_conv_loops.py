@@ -20,7 +20,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -31,8 +31,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dyhead_zoo.ops.deform_conv_plan import Geometry, Pair
+from dyhead_zoo.ops.deform_conv_plan import Geometry, Pair, position_dtype
 
 STORED = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
 """Dtypes of tables, and how numba sees their elements."""
@@ -56,6 +55,8 @@ def write_rows(
     top: int,
 ) -> None:
     """``deform_conv_plan._write_rows``; ``weight`` is of the dtype of ``offset``."""
+    _expect(index, torch.int32)
+    _expect(weight, offset.dtype)
     arguments = _fields(offset, mask, in_size, geometry, top)
     _run(_write, offset.dtype, offset[:, 0].numel(), 4 * geometry.taps, [*arguments, first_row, index, weight])
 
@@ -64,6 +65,7 @@ def plan_gradients(
     grad_weight: Tensor, offset: Tensor, mask: Tensor | None, in_size: Pair, geometry: Geometry
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of offset (B, 2·K, Ho, Wo) and mask (B, K, Ho, Wo) from that of the weights of the samples (P·K·4,)."""
+    _expect(grad_weight, offset.dtype)
     batch, _, out_h, out_w = offset.shape
     grad_offset = offset.new_empty(batch, out_h, out_w, 2 * geometry.taps)
     grad_mask = None if mask is None else offset.new_empty(batch, out_h, out_w, geometry.taps)
@@ -82,6 +84,10 @@ def sum_corners(table: Tensor, index: Tensor, weight: Tensor, out: Tensor) -> No
         weight: (4·N,), float32, or float64 with such a table.
         out: (N, C), contiguous, of the dtype of ``table``.
     """
+    _expect(table, table.dtype)
+    _expect(index, torch.int32)
+    _expect(weight, position_dtype(table.dtype))
+    _expect(out, table.dtype)
     _run(_sum, table.dtype, len(out), table.shape[1], [table.shape[1], table, index, weight, out])
 
 
@@ -101,6 +107,11 @@ def add_gradients(
         grad_weight: (4·N,) like ``weight``, or None.
         grad_table: (R, C) like ``weight``, or None.
     """
+    _expect(table, table.dtype)
+    _expect(index, torch.int32)
+    _expect(grad_out, table.dtype)
+    for wide in (weight, grad_weight, grad_table):
+        _expect(wide, position_dtype(table.dtype))
     arguments = (table.shape[1], table, index, weight, grad_out, grad_weight, grad_table)
     _run(_add, table.dtype, len(grad_out), 4 * table.shape[1], arguments)
 
@@ -127,8 +138,16 @@ def _openmp() -> _OpenMP | None:
     return _OpenMP(parallel, *(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in others))
 
 
+def _expect(tensor: Tensor | None, dtype: torch.dtype) -> None:
+    """Raise a TypeError for what a loop, which sees nothing but an address, would take for something else."""
+    if tensor is not None and not (tensor.dtype == dtype and tensor.is_contiguous() and tensor.device.type == "cpu"):
+        raise TypeError(f"expected a contiguous {dtype} tensor on the CPU, got {tensor.dtype} with {tensor.stride()}")
+
+
 def _fields(offset: Tensor, mask: Tensor | None, in_size: Pair, geometry: Geometry, top: int) -> list[Any]:
-    """What ``_unpack`` reads."""
+    """What ``_geometry`` reads, after the addresses of offsets and masks."""
+    if mask is not None and mask.dtype != offset.dtype:
+        raise TypeError(f"offsets are {offset.dtype} but masks {mask.dtype}")
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     numbers = [number for pair in (*geometry, in_size, offset.shape[2:]) for number in pair]
     return [offset, mask, *numbers, top, *offset.stride(), *mask_strides]

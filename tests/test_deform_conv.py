@@ -402,6 +402,28 @@ def test_without_openmp_functions_one_thread_remains(
     assert deform_conv_samples.compiled_loops(torch.float32) is deform_conv_loops
 
 
+def test_without_a_place_on_disk_numba_compiles_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    caching = pytest.importorskip("numba.core.caching")
+    from dyhead_zoo.ops import deform_conv_loops
+
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    deform_conv_loops._compiled.cache_clear()
+    try:
+        assert_same_as_torchvision(Case().tensors(), 1, 1, tolerance=1e-13, backend="numba")
+    finally:
+        deform_conv_loops._compiled.cache_clear()
+
+
+def test_loops_are_given_nothing_that_they_would_misread() -> None:
+    from dyhead_zoo.ops import deform_conv_loops
+
+    table, index, weight = torch.zeros(6, 4), torch.zeros(8, dtype=torch.int32), torch.zeros(8)
+    for name, wrong in (("table", table.t()), ("index", index.long()), ("weight", weight.double())):
+        arguments = {"table": table, "index": index, "weight": weight, "out": torch.zeros(2, 4)} | {name: wrong}
+        with pytest.raises(TypeError, match="expected a contiguous torch"):
+            deform_conv_loops.sum_corners(**arguments)
+
+
 class _Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

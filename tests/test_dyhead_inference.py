@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -74,6 +75,28 @@ def test_fused_is_plain(
 @pytest.mark.parametrize("coarse_offsets", ["aligned", "reinterpret"])
 def test_fused_is_plain_in_float32(coarse_offsets: Any) -> None:
     assert_fused_is_plain(head_of(coarse_offsets=coarse_offsets), pyramid((25, 13), 5), 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["bag", "numba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fused_takes_the_backend_of_its_convolutions(
+    backend: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, taken = head_of().to(dtype), []
+    original = dyhead_inference.samples_of
+    monkeypatch.setattr(dyhead_inference, "samples_of", lambda *args: taken.append(type(args[2])) or original(*args))
+    for part in head.modules():
+        if isinstance(part, DeformConv3x3):
+            part.backend = backend
+    assert_fused_is_plain(head, pyramid(dtype=dtype), 1e-5)
+    assert set(taken) == {ModuleType if backend == "numba" else type(None)}
+
+
+def test_mixed_backends_are_left_to_the_modules() -> None:
+    head, features = head_of(), pyramid()
+    head.blocks[1].spatial.conv_low.backend = "torchvision"
+    with torch.no_grad():
+        assert not dyhead_inference.applies(list(head.blocks), features)
 
 
 def test_fused_is_plain_for_channels_last_and_non_contiguous_features() -> None:

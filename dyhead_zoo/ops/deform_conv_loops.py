@@ -179,7 +179,7 @@ def _compiled(build: Callable[..., Any], dtype: torch.dtype) -> Any:
     compiler = functools.partial(numba.cfunc, types.void(types.voidptr), **_OPTIONS)
     try:
         return compiler(cache=True)(loop)
-    except RuntimeError:  # there is no place on disk that it may write to
+    except (RuntimeError, OSError):  # there is no place on disk that it may write to, or it is full
         return compiler()(loop)
 
 

@@ -31,6 +31,7 @@ from dyhead_zoo.ops.deform_conv_cpu import as_matrix, chunk_pixels, packed_linea
 from dyhead_zoo.ops.deform_conv_plan import Geometry, write_plan
 from dyhead_zoo.ops.deform_conv_samples import INT32_LIMIT, samples_of
 from dyhead_zoo.ops.pyramid import Pyramid
+from dyhead_zoo.ops.trial import undisturbed
 
 if TYPE_CHECKING:
     from dyhead_zoo.layers.dyhead import DyHeadBlock, Field, SpatialAttention
@@ -219,11 +220,15 @@ def _public_moments(image: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _moments_work() -> bool:
     """Whether this build of torch has the undocumented operator of ``_moments``, and it gives what we rely on."""
-    image = torch.arange(12.0).view(2, 3, 2)
-    try:
-        return all(map(torch.allclose, _moments(image), _public_moments(image)))
-    except (AttributeError, RuntimeError, TypeError):
-        return False
+
+    def trial() -> bool:
+        image = torch.arange(12.0).view(2, 3, 2)
+        try:
+            return all(map(torch.allclose, _moments(image), _public_moments(image)))
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+
+    return undisturbed(trial)
 
 
 def _group_norms(branches: Sequence[_Branch]) -> tuple[Tensor, Tensor]:

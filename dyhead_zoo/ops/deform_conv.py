@@ -30,7 +30,7 @@ from torchvision.ops import deform_conv2d
 
 from dyhead_zoo.ops import deform_conv_cpu, deform_conv_triton
 from dyhead_zoo.ops.deform_conv_plan import Geometry, Pair, position_dtype
-from dyhead_zoo.ops.deform_conv_samples import INT32_LIMIT, compiled_loops
+from dyhead_zoo.ops.deform_conv_samples import INT32_LIMIT, compiled_loops, obstacle
 
 Backend = Literal["auto", "numba", "bag", "triton", "torchvision"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -107,6 +107,8 @@ def _check(
     for name, tensor in (("x", x), ("offset", offset), ("mask", mask), ("weight", weight)):
         if tensor is not None and tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} but x on {x.device}: move one of them")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} is {tensor.dtype} but x is {x.dtype}: convert one of them, or use autocast")
@@ -138,13 +140,11 @@ def cpu_loops(backend: Backend, dtype: torch.dtype) -> ModuleType | None:
     Raises:
         ValueError: ``backend`` is ``numba``, and it is not there or cannot do this.
     """
-    loops = None if backend == "bag" else compiled_loops(dtype)
-    if backend == "numba" and loops is None:
-        raise ValueError(
-            f"backend 'numba' does not work here for {dtype} on {torch.get_num_threads()} threads: install it by "
-            "pip install 'dyhead-zoo[numba]', or choose 'auto' or 'bag'"
-        )
-    return loops
+    if backend == "bag":
+        return None
+    if backend == "numba" and (reason := obstacle(dtype)):
+        raise ValueError(f"backend 'numba' cannot be used: {reason}; or choose 'auto' or 'bag'")
+    return compiled_loops(dtype)
 
 
 def _use_cpu(backend: str, x: Tensor, offset: Tensor, geometry: Geometry, tracing: bool) -> bool:
@@ -155,6 +155,8 @@ def _use_cpu(backend: str, x: Tensor, offset: Tensor, geometry: Geometry, tracin
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose {', '.join(map(repr, BACKENDS))}")
+    if backend == "numba" and x.device.type != "cpu":
+        raise ValueError(f"backend 'numba' is for CPUs, but x is on {x.device}: choose 'auto'")
     if backend in ("triton", "torchvision") or (backend == "auto" and (tracing or x.device.type != "cpu")):
         return False
     samples = offset.shape[0] * offset.shape[2] * offset.shape[3] * geometry.taps * 4

@@ -30,6 +30,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
+from torch.nn import Parameter
 
 from dyhead_zoo.ops.deform_conv_plan import Geometry, Pair, position_dtype
 
@@ -37,11 +38,12 @@ STORED = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: 
 """Dtypes of tables, and how numba sees their elements."""
 _ENOUGH = 2**15  # channels of samples from which on more threads pay
 _UNBOUNDED = 2**31  # rows of a table, which are not checked
+_PLAN_BLOCK, _SUM_BLOCK, _ADD_BLOCK = 29, 8, 10  # numbers that a loop is handed, see ``_run``
 
 
-def usable(dtype: torch.dtype) -> bool:
-    """Whether tables of this dtype can be sampled on as many threads as PyTorch has now."""
-    return dtype in STORED and (torch.get_num_threads() == 1 or _openmp() is not None)
+def usable() -> bool:
+    """Whether the loops can run on as many threads as PyTorch has now."""
+    return torch.get_num_threads() == 1 or _openmp() is not None
 
 
 def write_rows(
@@ -140,14 +142,27 @@ def _openmp() -> _OpenMP | None:
 
 def _expect(tensor: Tensor | None, dtype: torch.dtype) -> None:
     """Raise a TypeError for what a loop, which sees nothing but an address, would take for something else."""
-    if tensor is not None and not (tensor.dtype == dtype and tensor.is_contiguous() and tensor.device.type == "cpu"):
-        raise TypeError(f"expected a contiguous {dtype} tensor on the CPU, got {tensor.dtype} with {tensor.stride()}")
+    if tensor is not None and not (tensor.dtype == dtype and tensor.is_contiguous() and _is_plain(tensor)):
+        raise TypeError(
+            f"expected a plain contiguous {dtype} tensor on the CPU, got a {type(tensor).__name__} of {tensor.dtype} "
+            f"on {tensor.device} with strides {tensor.stride()}"
+        )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the numbers are those at its address."""
+    return type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu" and not tensor.is_neg()
 
 
 def _fields(offset: Tensor, mask: Tensor | None, in_size: Pair, geometry: Geometry, top: int) -> list[Any]:
     """What ``_geometry`` reads, after the addresses of offsets and masks."""
-    if mask is not None and mask.dtype != offset.dtype:
-        raise TypeError(f"offsets are {offset.dtype} but masks {mask.dtype}")
+    offset, mask = offset.resolve_neg(), None if mask is None else mask.resolve_neg()
+    for field in (offset, mask):
+        if field is not None and not (field.dtype == offset.dtype and _is_plain(field)):
+            raise TypeError(
+                f"expected plain {offset.dtype} offsets and masks on the CPU, got a {type(field).__name__} of "
+                f"{field.dtype} on {field.device}"
+            )
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     numbers = [number for pair in (*geometry, in_size, offset.shape[2:]) for number in pair]
     return [offset, mask, *numbers, top, *offset.stride(), *mask_strides]
@@ -166,7 +181,7 @@ def _run(
     openmp = _openmp() if threads > 1 and turns * width >= _ENOUGH else None
     numbers = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     head = (0, 0) if openmp is None else openmp[1:]
-    block = (ctypes.c_int64 * (3 + len(numbers)))(*head, turns, *numbers)
+    block = (ctypes.c_int64 * _LENGTHS[build])(*head, turns, *numbers)
     if openmp is None:
         entry.ctypes(ctypes.addressof(block))
     else:
@@ -179,7 +194,7 @@ def _compiled(build: Callable[..., Any], dtype: torch.dtype) -> Any:
     compiler = functools.partial(numba.cfunc, types.void(types.voidptr), **_OPTIONS)
     try:
         return compiler(cache=True)(loop)
-    except (RuntimeError, OSError):  # there is no place on disk that it may write to, or it is full
+    except Exception:  # there is no place on disk, or it is full, or what lies there is damaged
         return compiler()(loop)
 
 
@@ -277,7 +292,7 @@ def _neighbours(position: Any, size: Any, real: Any) -> Any:
         position = real(size + 1)
     low = np.floor(position)
     fraction = position - low
-    first: Any = np.int64(low) if low == low else np.int64(0)  # NaN has no integer
+    first: Any = np.int64(low) if low == low else np.int64(-2)  # NaN has no integer, and is not inside
     second = first + 1
     inside0 = real(1) if 0 <= first < size else real(0)
     inside1 = real(1) if 0 <= second < size else real(0)
@@ -308,7 +323,7 @@ def _write(_: Any, real: Any) -> Callable[[Any], None]:
     """Index and weights of all samples; a turn is an output pixel."""
 
     def loop(address: Any) -> None:
-        block = numba.carray(address, (29,), np.int64)
+        block = numba.carray(address, (_PLAN_BLOCK,), np.int64)
         _, _, first, last = _share(block)
         geometry = _geometry(block)
         (kernel_h, kernel_w), in_size, (out_h, out_w) = geometry[0], geometry[4], geometry[5]
@@ -324,12 +339,12 @@ def _write(_: Any, real: Any) -> Callable[[Any], None]:
             for ky in range(kernel_h):
                 for kx in range(kernel_w):
                     rows, columns, factor = _site(geometry, offset, mask, image, y, x, ky, kx, real)
-                    top, bottom = start + rows[0] * in_size[1], start + rows[1] * in_size[1]
-                    weight_top, weight_bottom = rows[2] * factor, rows[3] * factor
-                    index[n], index[n + 1] = top + columns[0], top + columns[1]
-                    index[n + 2], index[n + 3] = bottom + columns[0], bottom + columns[1]
-                    weight[n], weight[n + 1] = weight_top * columns[2], weight_top * columns[3]
-                    weight[n + 2], weight[n + 3] = weight_bottom * columns[2], weight_bottom * columns[3]
+                    upper, lower = start + rows[0] * in_size[1], start + rows[1] * in_size[1]
+                    weight_upper, weight_lower = rows[2] * factor, rows[3] * factor
+                    index[n], index[n + 1] = upper + columns[0], upper + columns[1]
+                    index[n + 2], index[n + 3] = lower + columns[0], lower + columns[1]
+                    weight[n], weight[n + 1] = weight_upper * columns[2], weight_upper * columns[3]
+                    weight[n + 2], weight[n + 3] = weight_lower * columns[2], weight_lower * columns[3]
                     n += 4
 
     return loop
@@ -339,7 +354,7 @@ def _differentiate(_: Any, real: Any) -> Callable[[Any], None]:
     """Gradients of offsets and masks from those of the weights; a turn is an output pixel."""
 
     def loop(address: Any) -> None:
-        block = numba.carray(address, (29,), np.int64)
+        block = numba.carray(address, (_PLAN_BLOCK,), np.int64)
         _, _, first, last = _share(block)
         geometry = _geometry(block)
         (kernel_h, kernel_w), (out_h, out_w) = geometry[0], geometry[5]
@@ -373,7 +388,7 @@ def _sum(stored: Any, real: Any) -> Callable[[Any], None]:
     """Weighted sums of four rows; a turn is a sample."""
 
     def loop(address: Any) -> None:
-        block = numba.carray(address, (8,), np.int64)
+        block = numba.carray(address, (_SUM_BLOCK,), np.int64)
         _, _, first, last = _share(block)
         channels = block[3]
         table = numba.carray(_pointer(block[4]), (_UNBOUNDED, channels), stored)
@@ -398,7 +413,7 @@ def _add(stored: Any, real: Any) -> Callable[[Any], None]:
     """
 
     def loop(address: Any) -> None:
-        block = numba.carray(address, (10,), np.int64)
+        block = numba.carray(address, (_ADD_BLOCK,), np.int64)
         thread, threads, _, _ = _share(block)
         turns, channels = block[2], block[3]
         table = numba.carray(_pointer(block[4]), (_UNBOUNDED, channels), stored)
@@ -425,3 +440,6 @@ def _add(stored: Any, real: Any) -> Callable[[Any], None]:
                         total[c] += factor * _number(grad[c])
 
     return loop
+
+
+_LENGTHS = {_write: _PLAN_BLOCK, _differentiate: _PLAN_BLOCK, _sum: _SUM_BLOCK, _add: _ADD_BLOCK}

@@ -14,11 +14,13 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dyhead_zoo.ops.deform_conv_plan import Geometry, position_dtype, sampling_plan
+from dyhead_zoo.ops.trial import undisturbed
 
 INT32_LIMIT = 2**31
 
@@ -97,7 +99,7 @@ class CompiledSamples(Samples):
     """
 
     def __init__(self, table: Tensor, taps: int, loops: ModuleType, buffer: Tensor | None = None) -> None:
-        super().__init__(table, taps)
+        super().__init__(table.resolve_neg(), taps)
         self._loops = loops
         self._buffer = table.new_empty(0, taps * table.shape[1]) if buffer is None else buffer
 
@@ -137,40 +139,72 @@ def compiled_loops(dtype: torch.dtype) -> ModuleType | None:
 
     Used only after a tiny trial gave the right answer.
     """
-    loops = _tried_loops(dtype)
-    return loops if loops and loops.usable(dtype) else None
+    return None if obstacle(dtype) else _tried(dtype).loops
+
+
+def obstacle(dtype: torch.dtype) -> str | None:
+    """Why there are no ``compiled_loops``, and what to do about it; None if there are."""
+    loops, reason = _tried(dtype)
+    if loops is not None and not loops.usable():
+        threads = torch.get_num_threads()
+        return f"PyTorch's OpenMP cannot run its loops on {threads} threads: call torch.set_num_threads(1)"
+    return reason or (None if _tensors_are_plain() else "its loops cannot follow torch.func or FakeTensorMode")
+
+
+def _tensors_are_plain() -> bool:
+    """Whether new tensors are numbers at an address; under functorch's transforms and fake tensors they are not."""
+    probe = torch.empty(1, device="cpu")
+    try:
+        return type(probe) is Tensor and probe.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
+class _Tried(NamedTuple):
+    """The loops, or the reason why there are none."""
+
+    loops: ModuleType | None
+    reason: str | None = None
 
 
 @functools.cache
-def _tried_loops(dtype: torch.dtype) -> ModuleType | None:
+def _tried(dtype: torch.dtype) -> _Tried:
     if importlib.util.find_spec("numba") is None:
-        return None
+        return _Tried(None, "numba is not installed: pip install 'dyhead-zoo[numba]'")
     try:
+        import numba
+
+        if numba.config.DISABLE_JIT:
+            return _Tried(None, "NUMBA_DISABLE_JIT is set: unset it")
         from dyhead_zoo.ops import deform_conv_loops as loops
 
         if dtype not in loops.STORED:
-            return None
-        ours, reference = _trial(dtype, loops), _trial(dtype, None)
+            return _Tried(
+                None, f"its loops take {', '.join(map(str, loops.STORED))}, not {dtype}: convert x and weight"
+            )
+        right = undisturbed(lambda: _agree(_trial(dtype, loops), _trial(dtype, None), 100 * torch.finfo(dtype).eps))
     except Exception as error:  # whatever a numba that does not fit its surroundings may raise
-        problem = f"{type(error).__name__}: {error}"
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     else:
-        tolerance = 100 * torch.finfo(dtype).eps
-        if all(torch.allclose(a, b, tolerance, tolerance) for a, b in zip(ours, reference, strict=True)):
-            return loops
+        if right:
+            return _Tried(loops)
         problem = "a trial gave wrong numbers"
-    warnings.warn(f"deformable convolutions do without numba, which is installed but fails: {problem}", stacklevel=4)
-    return None
+    problem = f"numba is installed but fails ({problem}): install another version"
+    warnings.warn(f"deformable convolutions are slower than need be: {problem}", stacklevel=4)
+    return _Tried(None, problem)
 
 
-@torch.inference_mode(False)
+def _agree(ours: list[Tensor], reference: list[Tensor], tolerance: float) -> bool:
+    return all(torch.allclose(a, b, tolerance, tolerance) for a, b in zip(ours, reference, strict=True))
+
+
 def _trial(dtype: torch.dtype, loops: ModuleType | None) -> list[Tensor]:
-    """Samples of a small map and the gradients of all that they depend on."""
+    """Samples of a small map and the gradients of all that they depend on: the map, offsets and masks."""
     geometry, size, channels = Geometry((3, 3), (1, 1), (1, 1), (1, 1)), (6, 7), 96
     real, generator = position_dtype(dtype), torch.Generator().manual_seed(0)
     randn = functools.partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
-    with torch.enable_grad():
-        offset, mask = (3 * randn(1, 18, *size)).to(real), randn(1, 9, *size).to(real)
-        index, weight = sampling_plan(offset.requires_grad_(), mask.requires_grad_(), size, geometry, 0, loops)
+    offset, mask = (3 * randn(1, 18, *size)).to(real), randn(1, 9, *size).to(real)
+    index, weight = sampling_plan(offset.requires_grad_(), mask.requires_grad_(), size, geometry, 0, loops)
     table = randn(size[0] * size[1], channels).to(dtype)
     samples = samples_of(table, geometry.taps, loops)
     plan = (index, weight.detach().to(samples.weight_dtype))
@@ -179,7 +213,7 @@ def _trial(dtype: torch.dtype, loops: ModuleType | None) -> list[Tensor]:
     grad_samples = taken.sin().view(-1, channels)
     samples.derivative(*plan, len(table), grad_weight, grad_table)(slice(0, len(table)), grad_samples)
     grads = torch.autograd.grad(weight, (offset, mask), grad_weight.to(real))
-    return [t.to(real) for t in (taken, grad_weight, grad_table, *grads)]
+    return [t.to(real) for t in (taken, grad_table, *grads)]
 
 
 # -- with PyTorch's operators ------------------------------------------------------------------------------------------

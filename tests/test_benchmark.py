@@ -15,9 +15,11 @@ from torch import Tensor
 from dyhead_zoo import create_detector
 from dyhead_zoo.engine import benchmark, benchmark_cases, benchmark_parts, benchmark_torchvision
 from dyhead_zoo.engine.benchmark import Case, run_benchmark
+from dyhead_zoo.engine.benchmark_parts import numba_works
 from dyhead_zoo.layers import dyhead_inference
 
 IMAGE = (256, 128)
+OURS = ("ours", "bag") if numba_works() else ("ours",)
 
 
 def test_rows_table_and_csv_tell_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,13 +133,13 @@ def test_operators_do_the_same_work() -> None:
         given = outputs(case)
         if isinstance(given["ours"], Tensor):
             assert given["dense"].shape == given["ours"].shape
-            for name in ("ours", "bag"):
+            for name in OURS:
                 assert_close(given[name], given["torchvision"], 1e-5)
                 assert_close(given[f"{name} bf16"].float(), given["torchvision"], 0.02)
             for runtime in given.keys() & {"onnxruntime", "openvino"}:
                 assert_close(torch.as_tensor(given[runtime][0]), given["torchvision"], 1e-5)
         else:
-            for name in ("ours", "bag"):
+            for name in OURS:
                 for ours, theirs in zip(given[name], given["torchvision"], strict=True):
                     assert_close(ours, theirs, 1e-5)
 
@@ -156,16 +158,17 @@ def test_heads_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dyhead_inference, "forward", lambda *args: calls.append(1) or fused(*args))
     (case,) = benchmark_cases.head_cases([IMAGE], [2], blocks=1, channels=16)
     given = outputs(case)
-    assert len(calls) == 4  # "fused", "fused, packed", "fused, bag" and "fused bf16" only
+    alone = ["fused, bag"] if numba_works() else []
+    assert len(calls) == 3 + len(alone)  # "fused", "fused, packed" and "fused bf16"; not "modules"
     for level in range(5):
-        for name in ("fused", "fused, packed", "fused, bag", "torchvision op"):
+        for name in ("fused", "fused, packed", *alone, "torchvision op"):
             assert_close(given[name][level], given["modules"][level], 1e-4)
 
 
 def test_training_steps_leave_no_gradients_behind() -> None:
     (case,) = benchmark_cases.train_cases([IMAGE], blocks=1, channels=16, reference=True)
     outputs(case)
-    assert len(case.pairs) == 4
+    assert len(case.pairs) == 2 + len(OURS)
 
 
 def test_without_numba_nothing_else_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +184,7 @@ def test_detector_cases() -> None:
     detector = create_detector("atss_lite0_dyhead2")
     inference, *parts, training = benchmark_cases.detector_cases(detector, IMAGE)
     found = outputs(inference)
-    for name in ("ours", "ours, bag"):
+    for name in ("ours", "ours, bag") if numba_works() else ("ours",):
         for ours, theirs in zip(found[name], found["torchvision op"], strict=True):
             torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-4, rtol=1e-3)
     for case in (*parts, training):

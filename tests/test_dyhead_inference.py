@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dyhead_zoo.engine.benchmark_parts import numba_works
 from dyhead_zoo.layers import dyhead_inference
 from dyhead_zoo.layers.dyhead import DeformConv3x3, DyHead, pack_weights
 
@@ -77,7 +78,9 @@ def test_fused_is_plain_in_float32(coarse_offsets: Any) -> None:
     assert_fused_is_plain(head_of(coarse_offsets=coarse_offsets), pyramid((25, 13), 5), 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["bag", "numba"])
+@pytest.mark.parametrize(
+    "backend", ["bag", pytest.param("numba", marks=pytest.mark.skipif(not numba_works(), reason="needs numba"))]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fused_takes_the_backend_of_its_convolutions(
     backend: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -68,7 +68,7 @@ def deform_conv2d(
         geometry: of the convolution.
         loops: ``deform_conv_loops``, to use these in place of PyTorch's operators; see ``compiled_loops``.
     """
-    if not border_is_finite(x):
+    if loops is None and not border_is_finite(x):
         (top, left), x = geometry.padding, F.pad(x, (1, 1, 1, 1))
         geometry = geometry._replace(padding=(top - 1, left - 1))
     groups, offset_groups = x.shape[1] // weight.shape[1], offset.shape[1] // (2 * geometry.taps)

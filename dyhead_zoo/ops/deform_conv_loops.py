@@ -38,7 +38,7 @@ STORED = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: 
 """Dtypes of tables, and how numba sees their elements."""
 _ENOUGH = 2**15  # channels of samples from which on more threads pay
 _UNBOUNDED = 2**31  # rows of a table, which are not checked
-_PLAN_BLOCK, _SUM_BLOCK, _ADD_BLOCK = 29, 8, 10  # numbers that a loop is handed, see ``_run``
+_PLAN_BLOCK, _SUM_BLOCK, _ADD_BLOCK = 29, 9, 10  # numbers that a loop is handed, see ``_run``
 
 
 def usable() -> bool:
@@ -56,7 +56,11 @@ def write_rows(
     first_row: int,
     top: int,
 ) -> None:
-    """``deform_conv_plan._write_rows``; ``weight`` is of the dtype of ``offset``."""
+    """``deform_conv_plan._write_rows``; ``weight`` is of the dtype of ``offset``.
+
+    But neighbours off the map have index -1, and count as zero whatever the map holds at its border. Where there are
+    any, the first one is marked: its index i becomes -2 - i unless it is -1.
+    """
     _expect(index, torch.int32)
     _expect(weight, offset.dtype)
     arguments = _fields(offset, mask, in_size, geometry, top)
@@ -90,7 +94,8 @@ def sum_corners(table: Tensor, index: Tensor, weight: Tensor, out: Tensor) -> No
     _expect(index, torch.int32)
     _expect(weight, position_dtype(table.dtype))
     _expect(out, table.dtype)
-    _run(_sum, table.dtype, len(out), table.shape[1], [table.shape[1], table, index, weight, out])
+    zeros = table.new_zeros(table.shape[1])  # in place of neighbours off the map
+    _run(_sum, table.dtype, len(out), table.shape[1], [table.shape[1], table, index, weight, out, zeros])
 
 
 def add_gradients(
@@ -345,6 +350,18 @@ def _write(_: Any, real: Any) -> Callable[[Any], None]:
                     index[n + 2], index[n + 3] = lower + columns[0], lower + columns[1]
                     weight[n], weight[n + 1] = weight_upper * columns[2], weight_upper * columns[3]
                     weight[n + 2], weight[n + 3] = weight_lower * columns[2], weight_lower * columns[3]
+                    if min(rows[4], rows[5], columns[4], columns[5]) == 0:
+                        inside = (
+                            rows[4] * columns[4],
+                            rows[4] * columns[5],
+                            rows[5] * columns[4],
+                            rows[5] * columns[5],
+                        )
+                        index[n] = -2 - index[n]
+                        for corner in range(4):
+                            # a weight that is not zero is NaN, of an offset or the mask, and must come through
+                            if inside[corner] == 0 and weight[n + corner] == 0:
+                                index[n + corner] = -1
                     n += 4
 
     return loop
@@ -395,9 +412,17 @@ def _sum(stored: Any, real: Any) -> Callable[[Any], None]:
         index = numba.carray(_pointer(block[5]), (_UNBOUNDED, 4), np.int32)
         weight = numba.carray(_pointer(block[6]), (_UNBOUNDED, 4), real)
         out = numba.carray(_pointer(block[7]), (_UNBOUNDED, channels), stored)
+        zeros = numba.carray(_pointer(block[8]), (channels,), stored)
         for n in range(first, last):
             w0, w1, w2, w3 = weight[n, 0], weight[n, 1], weight[n, 2], weight[n, 3]
-            r0, r1, r2, r3 = table[index[n, 0]], table[index[n, 1]], table[index[n, 2]], table[index[n, 3]]
+            i0, i1, i2, i3 = index[n, 0], index[n, 1], index[n, 2], index[n, 3]
+            if i0 >= 0:
+                r0, r1, r2, r3 = table[i0], table[i1], table[i2], table[i3]
+            else:
+                r0 = table[-2 - i0] if i0 != -1 else zeros
+                r1 = table[i1] if i1 != -1 else zeros
+                r2 = table[i2] if i2 != -1 else zeros
+                r3 = table[i3] if i3 != -1 else zeros
             target = out[n]
             for c in range(channels):
                 total = w0 * _number(r0[c]) + w1 * _number(r1[c]) + w2 * _number(r2[c]) + w3 * _number(r3[c])
@@ -427,6 +452,12 @@ def _add(stored: Any, real: Any) -> Callable[[Any], None]:
             grad = grad_out[n]
             for corner in range(4):
                 number = index[n, corner]
+                if number < -1:
+                    number = -2 - number
+                if number == -1:
+                    if need_weight and thread == 0:
+                        grad_weight[n, corner] = 0
+                    continue
                 if number % threads != thread:
                     continue
                 if need_weight:

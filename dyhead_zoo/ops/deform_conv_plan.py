@@ -5,8 +5,8 @@ table, and four weights: bilinear weight times mask, zero outside the map. This 
 offsets and masks get their gradients through the weights.
 
 A neighbour outside the map is replaced by a border pixel of weight zero. Where the border holds an Inf or NaN, which
-zero does not cancel, the map has to get a border of zeros before (``deform_conv_cpu.deform_conv2d``). Infinite offsets
-are outside the map; NaN offsets give NaN.
+zero does not cancel, the map has to get a border of zeros before (``deform_conv_cpu.deform_conv2d``); not so with
+numba's loops, which leave such neighbours out. Infinite offsets are outside the map; NaN offsets give NaN.
 """
 
 from __future__ import annotations

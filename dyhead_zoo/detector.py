@@ -13,7 +13,7 @@ from dyhead_zoo.data.label_space import LabelSpace
 from dyhead_zoo.layers.backbone import Backbone
 from dyhead_zoo.layers.dyhead import BlockAttention, pack_weights
 from dyhead_zoo.layers.fpn import DyHeadNeck
-from dyhead_zoo.layers.fusion import fuse_batch_norms
+from dyhead_zoo.layers.fusion import fuse_batch_norms, pack_convolutions
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.structures import Detections, DetectionTensors, Target
 from dyhead_zoo.weights import ClassRows
@@ -117,9 +117,9 @@ class Detector(nn.Module):
     def fuse(self) -> Self:
         """Make inference faster: the backbone's BatchNorm goes into its convolutions, memory becomes channels-last.
 
-        DyHead's weights are kept a second time, laid out for products on a CPU. In place, like the ``fuse`` of timm's
-        models; a second call does nothing. Results stay the same up to rounding. What was folded cannot be told apart
-        again, so a fused detector cannot be trained or saved: it belongs at the end of what loads the weights.
+        Convolutions keep their weights a second time, laid out for products on a CPU. In place, like the ``fuse`` of
+        timm's models; a second call does nothing. Results stay the same up to rounding. What was folded cannot be told
+        apart again, so a fused detector cannot be trained or saved: it belongs at the end of what loads the weights.
         ``copy.deepcopy`` first keeps one that can.
         """
         self.eval()
@@ -130,6 +130,7 @@ class Detector(nn.Module):
             self.fused = True
         self.to(memory_format=torch.channels_last)
         pack_weights(self)
+        pack_convolutions(self)
         return self
 
     def train(self, mode: bool = True) -> Self:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dyhead_zoo import create_detector, save_for_hub
-from dyhead_zoo.detector import TrainStep
+from dyhead_zoo.detector import Detector, TrainStep
 from dyhead_zoo.engine.checkpoint import write_weights
 from dyhead_zoo.layers.backbone import Backbone
-from dyhead_zoo.layers.fusion import fuse_batch_norms
+from dyhead_zoo.layers.fusion import PackedConv2d, fuse_batch_norms, pack_convolutions
 
 
 def shaken(module: nn.Module) -> nn.Module:
@@ -85,6 +85,51 @@ def test_a_fused_detector_finds_the_same() -> None:
     assert len(before) and not any(isinstance(part, nn.BatchNorm2d) for part in detector.backbone.modules())
     torch.testing.assert_close(after.scores, before.scores)
     torch.testing.assert_close(after.boxes, before.boxes)
+
+
+def packed_detector() -> Detector:
+    return create_detector("fcos_resnet18_dyhead1", num_classes=3).eval().fuse()
+
+
+def images_of(height: int, width: int, batch: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(height)
+    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def test_packed_convolutions_give_the_same_for_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = packed_detector()
+    convs = [part for part in detector.modules() if isinstance(part, PackedConv2d)]
+    assert len(convs) > 20 and not any(isinstance(part, PackedConv2d) for part in detector.neck.dyhead.modules())
+    for images in (images_of(64, 96), images_of(160, 64, 3), images_of(64, 96)):
+        with torch.inference_mode():
+            ours = detector.backbone(detector.normalise(images, None))
+        assert all(conv._packed is not None for conv in convs if conv in set(detector.backbone.modules()))
+        with torch.no_grad(), monkeypatch.context() as patch:
+            patch.setattr(PackedConv2d, "_applies", lambda *_: False)
+            reference = detector.backbone(detector.normalise(images, None))
+        for a, b in zip(ours, reference, strict=True):
+            assert a.stride() == b.stride()
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_convolutions_follow_their_weights_and_stand_aside() -> None:
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+    assert pack_convolutions(conv) == 1
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.conv2d(x, conv[0].weight, conv[0].bias, padding=1)
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), expected)
+        copied = copy.deepcopy(conv)
+        conv[0].weight.mul_(2)
+        torch.testing.assert_close(conv(x) - conv[0].bias[:, None, None], 2 * (expected - conv[0].bias[:, None, None]))
+        torch.testing.assert_close(copied(x), expected)
+        assert conv.double()(x.double()).dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert copied(x).dtype == torch.bfloat16
+        assert copied(x[:0]).shape == (0, 4, 8, 8)
+        assert torch.export.export(copied, (x,)).module()(x).shape == expected.shape
+        torch.testing.assert_close(torch.vmap(copied)(x[:, None])[:, 0], expected)
+    assert copied(x).requires_grad
 
 
 def test_fusing_twice_is_fusing_once() -> None:

@@ -1,7 +1,8 @@
-"""BatchNorm folded into the convolution before it, for inference."""
+"""For inference: BatchNorm folded into the convolution before it, and convolutions whose weights are packed once."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from dyhead_zoo.layers.dyhead import DyHead
+from dyhead_zoo.ops.trial import tensors_are_plain, undisturbed
 
 
 @torch.no_grad()
@@ -87,3 +91,82 @@ def _successor(norm: nn.Module) -> nn.Module:
     """What remains of a norm without its affine map."""
     remains = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
     return remains.eval()
+
+
+# -- packed convolutions -----------------------------------------------------------------------------------------------
+
+
+class PackedConv2d(nn.Conv2d):
+    """A convolution that keeps its weight as oneDNN lays it out, which ``nn.Conv2d`` does anew at every call.
+
+    Without gradients, in float32 on a CPU; otherwise, and after the weight has changed, it is an ``nn.Conv2d``. Packed
+    at the first call, for the size of the input then; others are possible. Copies are packed anew.
+    """
+
+    _packed: tuple[int, Tensor] | None = None
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._applies(input):
+            return super()._conv_forward(input, weight, bias)
+        if self._packed is None or self._packed[0] != weight._version:
+            self._packed = (weight._version, _pack(self, input))
+        return _convolve(self, input.contiguous(memory_format=torch.channels_last), self._packed[1])
+
+    def _applies(self, input: Tensor) -> bool:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.weight.is_inference():
+            return False
+        if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in (input, self.weight)):
+            return False
+        return input.dim() == 4 and input.numel() > 0 and tensors_are_plain(input)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+
+def pack_convolutions(module: nn.Module) -> int:
+    """Make ordinary convolutions of a module ``PackedConv2d``, in place; not those of DyHead, which has its own way.
+
+    Returns:
+        How many.
+    """
+    if isinstance(module, DyHead) or not _packing_works():
+        return 0
+    plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
+    if plain and not isinstance(module.padding, str):
+        module.__class__ = PackedConv2d
+        return 1
+    return sum(map(pack_convolutions, module.children()))
+
+
+def _pack(conv: nn.Conv2d, input: Tensor) -> Tensor:
+    sizes = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups, list(input.shape))
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *sizes)
+    return packed
+
+
+def _convolve(conv: nn.Conv2d, input: Tensor, packed: Tensor) -> Tensor:
+    sizes = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(input, packed, conv.bias, *sizes, "none", [], "")
+    return out
+
+
+@functools.cache
+def _packing_works() -> bool:
+    """Whether this build of torch has the private operators of torch.compile's CPU code, and they give what we want."""
+
+    @torch.no_grad()
+    def trial() -> bool:
+        conv = nn.utils.skip_init(nn.Conv2d, 3, 5, 3, stride=2, padding=1)  # random numbers belong to the caller
+        for parameter in conv.parameters():
+            parameter.copy_(torch.arange(float(parameter.numel())).sin().view_as(parameter))
+        numbers = (torch.arange(6.0 * h * w).cos().view(2, 3, h, w) for h, w in ((9, 8), (6, 11)))
+        images = [x.contiguous(memory_format=torch.channels_last) for x in numbers]
+        try:
+            packed = _pack(conv, images[0])
+            return all(torch.allclose(_convolve(conv, x, packed), conv(x), atol=1e-5) for x in images)
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+
+    return undisturbed(trial)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dyhead_zoo.ops.deform_conv_plan import Geometry, position_dtype, sampling_plan
-from dyhead_zoo.ops.trial import undisturbed
+from dyhead_zoo.ops.trial import tensors_are_plain, undisturbed
 
 INT32_LIMIT = 2**31
 
@@ -148,16 +148,7 @@ def obstacle(dtype: torch.dtype) -> str | None:
     if loops is not None and not loops.usable():
         threads = torch.get_num_threads()
         return f"PyTorch's OpenMP cannot run its loops on {threads} threads: call torch.set_num_threads(1)"
-    return reason or (None if _tensors_are_plain() else "its loops cannot follow torch.func or FakeTensorMode")
-
-
-def _tensors_are_plain() -> bool:
-    """Whether new tensors are numbers at an address; under functorch's transforms and fake tensors they are not."""
-    probe = torch.empty(1, device="cpu")
-    try:
-        return type(probe) is Tensor and probe.data_ptr() != 0
-    except RuntimeError:
-        return False
+    return reason or (None if tensors_are_plain() else "its loops cannot follow torch.func or FakeTensorMode")
 
 
 class _Tried(NamedTuple):

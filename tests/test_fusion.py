@@ -123,6 +123,8 @@ def test_packed_convolutions_follow_their_weights_and_stand_aside() -> None:
         conv[0].weight.mul_(2)
         torch.testing.assert_close(conv(x) - conv[0].bias[:, None, None], 2 * (expected - conv[0].bias[:, None, None]))
         torch.testing.assert_close(copied(x), expected)
+        rounded = conv.half().float()
+        torch.testing.assert_close(rounded(x), nn.functional.conv2d(x, conv[0].weight, conv[0].bias, padding=1))
         assert conv.double()(x.double()).dtype == torch.float64
         with torch.autocast("cpu", torch.bfloat16):
             assert copied(x).dtype == torch.bfloat16

@@ -103,13 +103,14 @@ class PackedConv2d(nn.Conv2d):
     at the first call, for the size of the input then; others are possible. Copies are packed anew.
     """
 
-    _packed: tuple[int, Tensor] | None = None
+    _packed: tuple[tuple[int, int], Tensor] | None = None
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._applies(input):
             return super()._conv_forward(input, weight, bias)
-        if self._packed is None or self._packed[0] != weight._version:
-            self._packed = (weight._version, _pack(self, input))
+        state = (weight._version, weight.data_ptr())  # changed in place, or put elsewhere as by half().float()
+        if self._packed is None or self._packed[0] != state:
+            self._packed = (state, _pack(self, input))
         return _convolve(self, input.contiguous(memory_format=torch.channels_last), self._packed[1])
 
     def _applies(self, input: Tensor) -> bool:

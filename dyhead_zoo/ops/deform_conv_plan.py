@@ -84,7 +84,8 @@ def sampling_plan(
         loops: ``deform_conv_loops``, where they are to be used; see ``deform_conv_samples.compiled_loops``.
 
     Returns:
-        index: (P·K·4,) int32, ordered by pixel (b, y, x), tap, corner.
+        index: (P·K·4,) int32, ordered by pixel (b, y, x), tap, corner. Of ``loops`` it is for them alone: they mark
+            corners off the map by negative numbers.
         weight: (P·K·4,) like ``offset``, differentiable in ``offset`` and ``mask``; zero where a corner is off the map.
     """
     index, weight = _SamplingPlan.apply(offset, mask, in_size, geometry, first_row, loops)

@@ -283,24 +283,24 @@ def _backward(
     channels, pixels = table.shape[1], len(grad_out)
     chunk = min(chunk_pixels() // 2, pixels)  # half: samples and their gradients are in the cache together
     grad_weight = torch.empty_like(weight) if need_weight else None
-    grad_matrix = torch.zeros_like(matrix, dtype=position_dtype(matrix.dtype)) if need_matrix else None
-    # for samples and then for their gradients: new memory for each chunk costs page faults
-    buffer = matrix.new_empty(chunk, matrix.shape[1])
+    # (K·C, O): products of this shape are the faster ones on several threads
+    grad_transposed = matrix.new_zeros(matrix.shape[::-1], dtype=position_dtype(matrix.dtype)) if need_matrix else None
+    buffer = matrix.new_empty(chunk, matrix.shape[1])  # new memory for each chunk costs page faults
     samples = samples_of(table, matrix.shape[1] // channels, loops, buffer)
     add_gradients = samples.derivative(index, weight, chunk, grad_weight, grad_table)
+    to_samples = packed_linear(matrix.t(), pixels)
     for start in range(0, pixels, chunk):
         part = slice(start, min(start + chunk, pixels))
         part_grad = grad_out[part]
-        if grad_matrix is not None:
+        if grad_transposed is not None:
             entries = slice(part.start * 4 * samples.taps, part.stop * 4 * samples.taps)
-            _add_product(grad_matrix, part_grad.t(), samples.take(index[entries], weight[entries]))
+            _add_product(grad_transposed, samples.take(index[entries], weight[entries]).t(), part_grad)
         if grad_weight is not None or grad_table is not None:
-            grad_samples = torch.mm(part_grad, matrix, out=buffer[: len(part_grad)])
-            add_gradients(part, grad_samples.view(-1, channels))
+            add_gradients(part, to_samples(part_grad, None).view(-1, channels))
     return (
         None,
         grad_weight,
-        None if grad_matrix is None else grad_matrix.to(matrix.dtype),
+        None if grad_transposed is None else grad_transposed.t().to(matrix.dtype, memory_format=torch.contiguous_format),
         grad_out.sum(0) if need_bias else None,
     )
 

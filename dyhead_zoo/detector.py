@@ -13,7 +13,8 @@ from dyhead_zoo.data.label_space import LabelSpace
 from dyhead_zoo.layers.backbone import Backbone
 from dyhead_zoo.layers.dyhead import BlockAttention, pack_weights
 from dyhead_zoo.layers.fpn import DyHeadNeck
-from dyhead_zoo.layers.fusion import fuse_batch_norms, pack_convolutions
+from dyhead_zoo.layers.fusion import fuse_activations, fuse_batch_norms
+from dyhead_zoo.layers.packing import pack_convolutions
 from dyhead_zoo.pretrained import PretrainedCfg
 from dyhead_zoo.structures import Detections, DetectionTensors, Target
 from dyhead_zoo.weights import ClassRows
@@ -117,16 +118,19 @@ class Detector(nn.Module):
     def fuse(self) -> Self:
         """Make inference faster: the backbone's BatchNorm goes into its convolutions, memory becomes channels-last.
 
-        Convolutions keep their weights a second time, laid out for products on a CPU. In place, like the ``fuse`` of
-        timm's models; a second call does nothing. Results stay the same up to rounding. What was folded cannot be told
-        apart again, so a fused detector cannot be trained or saved: it belongs at the end of what loads the weights.
-        ``copy.deepcopy`` first keeps one that can.
+        Convolutions keep their weights a second time, laid out for products on a CPU; those of the backbone do the
+        activation that follows, and in ResNets the sum, in the same pass. In place, like the ``fuse`` of timm's models;
+        a second call does nothing. Results stay the same up to rounding. What was folded cannot be told apart again, so
+        a fused detector cannot be trained or saved: it belongs at the end of what loads the weights. ``copy.deepcopy``
+        first keeps one that can.
         """
         self.eval()
         if not self.fused:
             backbone = cast(Backbone, self.backbone)
             height, width = backbone.image_size or (64, 64)
-            fuse_batch_norms(backbone, self.mean.new_zeros(1, self.in_chans, height, width))
+            blank = self.mean.new_zeros(1, self.in_chans, height, width)
+            fuse_batch_norms(backbone, blank)
+            fuse_activations(backbone, blank)
             self.fused = True
         self.to(memory_format=torch.channels_last)
         pack_weights(self)

@@ -1,18 +1,22 @@
-"""For inference: BatchNorm folded into the convolution before it, and convolutions whose weights are packed once."""
+"""For inference: BatchNorm and activations become part of the convolution before them, if nothing else reads that."""
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dyhead_zoo.layers.dyhead import DyHead
-from dyhead_zoo.ops.trial import tensors_are_plain, undisturbed
+from dyhead_zoo.layers.packing import POST_OPS, pack
+
+_CONVS = (nn.Conv2d, Conv2dSame)
+_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
 
 @torch.no_grad()
@@ -35,139 +39,103 @@ def fuse_batch_norms(module: nn.Module, *inputs: Any) -> int:
     Returns:
         How many norms were folded.
     """
-    feeds = [(conv, norm) for conv, norm in _feeds(module, inputs) if _foldable(conv, norm)]
-    seen = Counter(part for pair in feeds for part in pair)
-    feeds = [pair for pair in feeds if all(seen[part] == 1 for part in pair)]  # neither is used twice
+    feeds = _feeds(module, inputs, _NORMS)
+    feeds = [(conv, norm) for conv, norm in feeds if not norm.training and norm.running_mean is not None]
     for conv, norm in feeds:
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
-    successors = {norm: _successor(norm) for _, norm in feeds}
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if child in successors:
-                setattr(parent, name, successors[child])
+    _replace(module, {norm: _successor(norm) for _, norm in feeds})
     return len(feeds)
 
 
-def _feeds(module: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Any, Any]]:
-    """(convolution, norm) pairs: the norm's input is the very tensor that the convolution gave."""
-    makers: list[tuple[Tensor, nn.Module]] = []
-    readers: list[tuple[Tensor, nn.Module]] = []
+@torch.no_grad()
+def fuse_activations(module: nn.Module, *inputs: Any) -> int:
+    """Make convolutions do the activation that follows them, in place, where ``packing`` knows how.
+
+    Found as ``fuse_batch_norms`` finds norms, and best after it. The activation gives way to an identity.
+
+    Returns:
+        How many activations.
+    """
+    feeds = [(conv, act) for conv, act in _feeds(module, inputs, POST_OPS) if pack(conv, type(act))]
+    _replace(module, {act: nn.Identity().eval() for _, act in feeds})
+    return len(feeds)
+
+
+def _feeds(module: nn.Module, inputs: tuple[Any, ...], kinds: Collection[type]) -> list[tuple[Any, Any]]:
+    """(convolution, reader) pairs: a module of one of these kinds reads a convolution's output, and nothing else does.
+
+    Seen by running the module once. Only exact types count, since their subclasses may compute something else, and only
+    modules that are called once. What reads the tensor after an activation in place reads the activation.
+    """
+    readings = _Readings()
     handles = []
     for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            handles.append(part.register_forward_hook(lambda m, _, out: makers.append((out, m))))
-        elif not list(part.children()) or isinstance(part, nn.BatchNorm2d):
-            handles.append(
-                part.register_forward_pre_hook(
-                    lambda m, args: readers.extend((a, m) for a in args if isinstance(a, Tensor))
-                )
-            )
+        if type(part) in _CONVS:
+            handles.append(part.register_forward_hook(readings.made))
+        elif type(part) in kinds:
+            handles += (part.register_forward_pre_hook(readings.enter), part.register_forward_hook(readings.leave))
     try:
-        module(*inputs)
+        with readings:
+            result = module(*inputs)
     finally:
         for handle in handles:
             handle.remove()
+    readings.note(result)
     pairs = []
-    for out, conv in makers:
-        reading = [reader for tensor, reader in readers if tensor is out]
-        if len(reading) == 1 and isinstance(reading[0], nn.BatchNorm2d):
-            pairs.append((conv, reading[0]))
-    return pairs
+    for _, conv, readers in readings.outputs.values():
+        reader = readers[0] if readers else None
+        if reader is not None and (getattr(reader, "inplace", False) or set(readers) == {reader}):
+            pairs.append((conv, reader))
+    return [pair for pair in pairs if all(readings.calls[part] == 1 for part in pair)]
 
 
-def _foldable(conv: nn.Module, norm: Any) -> bool:
-    """Whether they are what they seem: their subclasses may compute something else."""
-    return (
-        type(conv) in (nn.Conv2d, Conv2dSame)
-        and type(norm) in (nn.BatchNorm2d, BatchNormAct2d)
-        and not norm.training
-        and norm.running_mean is not None
-    )
+class _Readings(TorchDispatchMode):
+    """Which operations read the outputs of convolutions.
+
+    Attributes:
+        outputs: by id, the tensor, its convolution, and for each operation that got it, in order, the module at work,
+            if it is one of those asked about.
+        calls: of convolutions and of those modules.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: dict[int, tuple[Tensor, nn.Module, list[nn.Module | None]]] = {}
+        self.calls: Counter[nn.Module] = Counter()
+        self._at_work: list[nn.Module] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.note((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def note(self, arguments: Any) -> None:
+        for argument in tree_leaves(arguments):
+            if id(argument) in self.outputs:
+                self.outputs[id(argument)][2].append(self._at_work[-1] if self._at_work else None)
+
+    def made(self, conv: nn.Module, arguments: Any, output: Tensor) -> None:
+        self.calls[conv] += 1
+        self.outputs[id(output)] = (output, conv, [])
+
+    def enter(self, module: nn.Module, arguments: Any) -> None:
+        self.calls[module] += 1
+        self._at_work.append(module)
+
+    def leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self._at_work.pop()
+
+
+def _replace(module: nn.Module, successors: Mapping[Any, nn.Module]) -> None:
+    """Put the successors in, under every name that leads to what they succeed."""
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child in successors:
+                setattr(parent, name, successors[child])
 
 
 def _successor(norm: nn.Module) -> nn.Module:
     """What remains of a norm without its affine map."""
     remains = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
     return remains.eval()
-
-
-# -- packed convolutions -----------------------------------------------------------------------------------------------
-
-
-class PackedConv2d(nn.Conv2d):
-    """A convolution that keeps its weight as oneDNN lays it out, which ``nn.Conv2d`` does anew at every call.
-
-    Without gradients, in float32 on a CPU; otherwise, and after the weight has changed, it is an ``nn.Conv2d``. Packed
-    at the first call, for the size of the input then; others are possible. Copies are packed anew.
-    """
-
-    _packed: tuple[tuple[int, int], Tensor] | None = None
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self._applies(input):
-            return super()._conv_forward(input, weight, bias)
-        state = (weight._version, weight.data_ptr())  # changed in place, or put elsewhere as by half().float()
-        if self._packed is None or self._packed[0] != state:
-            self._packed = (state, _pack(self, input))
-        return _convolve(self, input.contiguous(memory_format=torch.channels_last), self._packed[1])
-
-    def _applies(self, input: Tensor) -> bool:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return False
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.weight.is_inference():
-            return False
-        if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in (input, self.weight)):
-            return False
-        return input.dim() == 4 and input.numel() > 0 and tensors_are_plain(input)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
-
-
-def pack_convolutions(module: nn.Module) -> int:
-    """Make ordinary convolutions of a module ``PackedConv2d``, in place; not those of DyHead, which has its own way.
-
-    Returns:
-        How many.
-    """
-    if isinstance(module, DyHead) or not _packing_works():
-        return 0
-    plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
-    if plain and not isinstance(module.padding, str):
-        module.__class__ = PackedConv2d
-        return 1
-    return sum(map(pack_convolutions, module.children()))
-
-
-def _pack(conv: nn.Conv2d, input: Tensor) -> Tensor:
-    sizes = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups, list(input.shape))
-    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *sizes)
-    return packed
-
-
-def _convolve(conv: nn.Conv2d, input: Tensor, packed: Tensor) -> Tensor:
-    sizes = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise(input, packed, conv.bias, *sizes, "none", [], "")
-    return out
-
-
-@functools.cache
-def _packing_works() -> bool:
-    """Whether this build of torch has the private operators of torch.compile's CPU code, and they give what we want."""
-
-    @torch.no_grad()
-    def trial() -> bool:
-        conv = nn.utils.skip_init(nn.Conv2d, 3, 5, 3, stride=2, padding=1)  # random numbers belong to the caller
-        for parameter in conv.parameters():
-            parameter.copy_(torch.arange(float(parameter.numel())).sin().view_as(parameter))
-        numbers = (torch.arange(6.0 * h * w).cos().view(2, 3, h, w) for h, w in ((9, 8), (6, 11)))
-        images = [x.contiguous(memory_format=torch.channels_last) for x in numbers]
-        try:
-            packed = _pack(conv, images[0])
-            return all(torch.allclose(_convolve(conv, x, packed), conv(x), atol=1e-5) for x in images)
-        except (AttributeError, RuntimeError, TypeError):
-            return False
-
-    return undisturbed(trial)

@@ -11,7 +11,7 @@ import torch
 from test_deform_conv import Case, assert_same_as_torchvision, conv
 
 pytest.importorskip("numba")
-from dyhead_zoo.ops import deform_conv_loops, deform_conv_samples
+from dyhead_zoo.ops import deform_conv_loops, deform_conv_samples, loops
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ assert conv().isfinite().all()
 def test_without_openmp_functions_one_thread_remains(
     monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
 ) -> None:
-    monkeypatch.setattr(deform_conv_loops, "_openmp", lambda: None)
+    monkeypatch.setattr(loops, "_openmp", lambda: None)
     threads(2)
     assert deform_conv_samples.compiled_loops(torch.float32) is None
     threads(1)
@@ -116,11 +116,11 @@ def test_without_openmp_functions_one_thread_remains(
 def test_without_a_place_on_disk_numba_compiles_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
-    deform_conv_loops._compiled.cache_clear()
+    loops._compiled.cache_clear()
     try:
         assert_same_as_torchvision(Case().tensors(), 1, 1, tolerance=1e-13, backend="numba")
     finally:
-        deform_conv_loops._compiled.cache_clear()
+        loops._compiled.cache_clear()
 
 
 def test_loops_are_given_nothing_that_they_would_misread() -> None:

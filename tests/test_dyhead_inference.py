@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dyhead_zoo.engine.benchmark_parts import numba_works
-from dyhead_zoo.layers import dyhead_inference
+from dyhead_zoo.layers import dyhead_inference, dyhead_tail
 from dyhead_zoo.layers.dyhead import DeformConv3x3, DyHead, pack_weights
 
 
@@ -227,12 +227,12 @@ def test_works_without_the_undocumented_operator(monkeypatch: pytest.MonkeyPatch
     def missing(image: Tensor) -> Any:
         raise AttributeError("no such operator")
 
-    dyhead_inference._moments_work.cache_clear()
-    monkeypatch.setattr(dyhead_inference, "_moments", missing)
+    dyhead_tail._moments_work.cache_clear()
+    monkeypatch.setattr(dyhead_tail, "_moments", missing)
     try:
         assert_fused_is_plain(head_of(), pyramid(), 1e-5)
     finally:
-        dyhead_inference._moments_work.cache_clear()
+        dyhead_tail._moments_work.cache_clear()
 
 
 def test_packed_weights_give_the_same_until_they_change() -> None:

@@ -21,6 +21,7 @@ All weights of a block are shared by all levels, and a block has no residual con
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from dyhead_zoo.layers import dyhead_cuda, dyhead_inference
+from dyhead_zoo.layers import dyhead_cuda, dyhead_inference, dyhead_tail
 from dyhead_zoo.ops import modulated_deform_conv2d
 from dyhead_zoo.ops.deform_conv import Backend, cpu_loops
 from dyhead_zoo.ops.deform_conv_cpu import (
@@ -324,6 +325,14 @@ class SpatialAttention(nn.Module):
         self, table: Tensor, features: list[Tensor], fields: list[Field | None]
     ) -> dict[str, dict[int, Tensor]]:
         """The same for features that lie in a table."""
+        tables, layouts = self.convolve(table, features, fields), dyhead_tail.branches_of(Pyramid.of(features))
+        return {
+            name: dict(zip(levels, layout.maps(tables[name]), strict=True))
+            for name, (levels, layout) in layouts.items()
+        }
+
+    def convolve(self, table: Tensor, features: list[Tensor], fields: list[Field | None]) -> dict[str, Tensor]:
+        """What the convolutions give for features that lie in a table, by branch: (rows, C_out), level after level."""
         pyramid = Pyramid.of(features)
         convolutions: dict[str, Convolution] = {}
         for name, neighbour in _SAMPLED.items():
@@ -340,11 +349,7 @@ class SpatialAttention(nn.Module):
         with torch.autocast("cpu", enabled=False):
             loops = cpu_loops(cast(Backend, self.backend), table.dtype)
             outputs = convolve_table(table, list(convolutions.values()), loops)
-        convolved: dict[str, dict[int, Tensor]] = {}
-        for (name, convolution), out in zip(convolutions.items(), outputs, strict=True):
-            maps = Pyramid.of([offset for offset, _ in convolution.fields]).maps(out)
-            convolved[name] = dict(zip(self._served(name, len(features)), maps, strict=True))
-        return convolved
+        return dict(zip(convolutions, outputs, strict=True))
 
 
 class DyHeadBlock(nn.Module):
@@ -379,7 +384,13 @@ class DyHeadBlock(nn.Module):
     @property
     def is_standard(self) -> bool:
         """In evaluation mode, deformable, of its own parts without hooks, and able to take all levels in a table."""
-        if self.training or any(type(part) not in _OWN_PARTS or _is_watched(part) for part in self.modules()):
+        return not self.training and not _is_watched(self) and self._is_plain
+
+    @property
+    def _is_plain(self) -> bool:
+        """Likewise in any mode, and whoever may watch the block itself."""
+        parts = list(self.modules())
+        if any(type(part) not in _OWN_PARTS for part in parts) or any(map(_is_watched, parts[1:])):
             return False
         branches = [(getattr(self.spatial, f"conv_{name}"), getattr(self.spatial, f"norm_{name}")) for name in _SAMPLED]
         deformable = (
@@ -389,10 +400,13 @@ class DyHeadBlock(nn.Module):
 
     def forward(self, features: list[Tensor], trace: Trace | None = None) -> list[Tensor]:
         """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse; appends its attentions to ``trace``."""
-        table = self.spatial.table(features)
+        table, pyramid = self.spatial.table(features), Pyramid.of(features)
         if table is not None:
-            features = Pyramid.of(features).maps(table)
+            features = pyramid.maps(table)
         fields = self.spatial.fields(features)
+        if table is not None and trace is None and (loops := self._end_loops(table)):
+            convolved = self.spatial.convolve(table, features, fields)
+            return pyramid.maps(dyhead_tail.end_with_gradients(loops, self, pyramid, convolved))
         outputs, weights, coefficients = [], [], []
         for branches in self.spatial(features, fields, *(() if table is None else (table,))):
             if self.scale is not None:
@@ -408,6 +422,12 @@ class DyHeadBlock(nn.Module):
             offsets, masks = [o.detach() for o, _ in known], [m.detach() for _, m in known]
             trace.append(BlockAttention(weights, offsets, masks, coefficients))
         return outputs
+
+    def _end_loops(self, table: Tensor) -> ModuleType | None:
+        """Loops for what follows the convolutions, where these can take its place."""
+        if torch.is_autocast_enabled("cpu") or not self._is_plain:
+            return None
+        return dyhead_tail.end_loops(self, table.dtype)
 
 
 _OWN_PARTS = (

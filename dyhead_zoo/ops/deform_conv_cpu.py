@@ -300,7 +300,7 @@ def _backward(
     return (
         None,
         grad_weight,
-        None if grad_transposed is None else grad_transposed.t().to(matrix.dtype, memory_format=torch.contiguous_format),
+        None if grad_transposed is None else grad_transposed.t().contiguous().to(matrix.dtype),
         grad_out.sum(0) if need_bias else None,
     )
 

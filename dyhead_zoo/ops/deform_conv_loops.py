@@ -1,49 +1,38 @@
-"""The loops of the deformable convolution on CPUs, compiled by numba; without numba this module cannot be imported.
+"""The loops of the deformable convolution on CPUs, compiled by numba (see ``loops``).
 
 They do what ``deform_conv_plan`` and ``deform_conv_samples`` do with PyTorch's operators, where the steps are
 explained, but in one pass each: no intermediate tensors, results in memory that is there already, no sorting in the
 backward pass. Every function takes tensors whose shapes its caller has seen to.
-
-**Threads.** A loop runs on the threads of PyTorch's own operators: its C entry point is handed to ``GOMP_parallel``,
-the function behind ``#pragma omp parallel``, of the OpenMP library that PyTorch is linked to. Numba's pools would be a
-second set of threads, and the two would wait for each other's cores. Where PyTorch has another OpenMP (macOS,
-Windows), there is no such function, and ``usable`` says so unless PyTorch is to use one thread.
-
-**bfloat16**, which numba does not know, is handled as its 16 bits, the upper half of a float32.
-
-Numba keeps what it compiled on disk (in ``NUMBA_CACHE_DIR``, or beside this file), for the next process.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
 from torch import Tensor
-from torch.nn import Parameter
 
 from dyhead_zoo.ops.deform_conv_plan import Geometry, Pair, position_dtype
+from dyhead_zoo.ops.loops import (
+    STORED,
+    UNBOUNDED,
+    as_number,
+    as_stored,
+    expect,
+    inlined,
+    is_plain,
+    pointer,
+    run,
+    share,
+    usable,
+)
 
-STORED = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
-"""Dtypes of tables, and how numba sees their elements."""
-_ENOUGH = 2**15  # channels of samples from which on more threads pay
-_UNBOUNDED = 2**31  # rows of a table, which are not checked
-_PLAN_BLOCK, _SUM_BLOCK, _ADD_BLOCK = 29, 9, 10  # numbers that a loop is handed, see ``_run``
+__all__ = ["STORED", "add_gradients", "plan_gradients", "sum_corners", "usable", "write_rows"]
 
-
-def usable() -> bool:
-    """Whether the loops can run on as many threads as PyTorch has now."""
-    return torch.get_num_threads() == 1 or _openmp() is not None
+_PLAN_BLOCK, _SUM_BLOCK, _ADD_BLOCK = 29, 9, 10  # numbers that a loop is handed, see ``loops.run``
 
 
 def write_rows(
@@ -61,23 +50,23 @@ def write_rows(
     But neighbours off the map have index -1, and count as zero whatever the map holds at its border. Where there are
     any, the first one is marked: its index i becomes -2 - i unless it is -1.
     """
-    _expect(index, torch.int32)
-    _expect(weight, offset.dtype)
+    expect(index, torch.int32)
+    expect(weight, offset.dtype)
     arguments = _fields(offset, mask, in_size, geometry, top)
-    _run(_write, offset.dtype, offset[:, 0].numel(), 4 * geometry.taps, [*arguments, first_row, index, weight])
+    run(_write, offset.dtype, offset[:, 0].numel(), 4 * geometry.taps, [*arguments, first_row, index, weight])
 
 
 def plan_gradients(
     grad_weight: Tensor, offset: Tensor, mask: Tensor | None, in_size: Pair, geometry: Geometry
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of offset (B, 2·K, Ho, Wo) and mask (B, K, Ho, Wo) from that of the weights of the samples (P·K·4,)."""
-    _expect(grad_weight, offset.dtype)
+    expect(grad_weight, offset.dtype)
     batch, _, out_h, out_w = offset.shape
     grad_offset = offset.new_empty(batch, out_h, out_w, 2 * geometry.taps)
     grad_mask = None if mask is None else offset.new_empty(batch, out_h, out_w, geometry.taps)
     arguments = _fields(offset, mask, in_size, geometry, 0)
     pixels = batch * out_h * out_w
-    _run(_differentiate, offset.dtype, pixels, 4 * geometry.taps, [*arguments, grad_weight, grad_offset, grad_mask])
+    run(_differentiate, offset.dtype, pixels, 4 * geometry.taps, [*arguments, grad_weight, grad_offset, grad_mask])
     return grad_offset.permute(0, 3, 1, 2), None if grad_mask is None else grad_mask.permute(0, 3, 1, 2)
 
 
@@ -90,12 +79,12 @@ def sum_corners(table: Tensor, index: Tensor, weight: Tensor, out: Tensor) -> No
         weight: (4·N,), float32, or float64 with such a table.
         out: (N, C), contiguous, of the dtype of ``table``.
     """
-    _expect(table, table.dtype)
-    _expect(index, torch.int32)
-    _expect(weight, position_dtype(table.dtype))
-    _expect(out, table.dtype)
+    expect(table, table.dtype)
+    expect(index, torch.int32)
+    expect(weight, position_dtype(table.dtype))
+    expect(out, table.dtype)
     zeros = table.new_zeros(table.shape[1])  # in place of neighbours off the map
-    _run(_sum, table.dtype, len(out), table.shape[1], [table.shape[1], table, index, weight, out, zeros])
+    run(_sum, table.dtype, len(out), table.shape[1], [table.shape[1], table, index, weight, out, zeros])
 
 
 def add_gradients(
@@ -114,56 +103,20 @@ def add_gradients(
         grad_weight: (4·N,) like ``weight``, or None.
         grad_table: (R, C) like ``weight``, or None.
     """
-    _expect(table, table.dtype)
-    _expect(index, torch.int32)
-    _expect(grad_out, table.dtype)
+    expect(table, table.dtype)
+    expect(index, torch.int32)
+    expect(grad_out, table.dtype)
     for wide in (weight, grad_weight, grad_table):
-        _expect(wide, position_dtype(table.dtype))
+        expect(wide, position_dtype(table.dtype))
     arguments = (table.shape[1], table, index, weight, grad_out, grad_weight, grad_table)
-    _run(_add, table.dtype, len(grad_out), 4 * table.shape[1], arguments)
-
-
-# -- calling -----------------------------------------------------------------------------------------------------------
-
-
-class _OpenMP(NamedTuple):
-    """Functions of PyTorch's OpenMP library: one to call, and the addresses of two."""
-
-    parallel: Callable[..., None]
-    thread_num: int
-    num_threads: int
-
-
-@functools.cache
-def _openmp() -> _OpenMP | None:
-    try:  # a symbol is looked up in a library and in those that it is linked to
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        parallel, *others = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
-    except (OSError, AttributeError):
-        return None
-    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return _OpenMP(parallel, *(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in others))
-
-
-def _expect(tensor: Tensor | None, dtype: torch.dtype) -> None:
-    """Raise a TypeError for what a loop, which sees nothing but an address, would take for something else."""
-    if tensor is not None and not (tensor.dtype == dtype and tensor.is_contiguous() and _is_plain(tensor)):
-        raise TypeError(
-            f"expected a plain contiguous {dtype} tensor on the CPU, got a {type(tensor).__name__} of {tensor.dtype} "
-            f"on {tensor.device} with strides {tensor.stride()}"
-        )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether the numbers are those at its address."""
-    return type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu" and not tensor.is_neg()
+    run(_add, table.dtype, len(grad_out), 4 * table.shape[1], arguments)
 
 
 def _fields(offset: Tensor, mask: Tensor | None, in_size: Pair, geometry: Geometry, top: int) -> list[Any]:
     """What ``_geometry`` reads, after the addresses of offsets and masks."""
     offset, mask = offset.resolve_neg(), None if mask is None else mask.resolve_neg()
     for field in (offset, mask):
-        if field is not None and not (field.dtype == offset.dtype and _is_plain(field)):
+        if field is not None and not (field.dtype == offset.dtype and is_plain(field)):
             raise TypeError(
                 f"expected plain {offset.dtype} offsets and masks on the CPU, got a {type(field).__name__} of "
                 f"{field.dtype} on {field.device}"
@@ -173,112 +126,7 @@ def _fields(offset: Tensor, mask: Tensor | None, in_size: Pair, geometry: Geomet
     return [offset, mask, *numbers, top, *offset.stride(), *mask_strides]
 
 
-def _run(
-    build: Callable[..., Any], dtype: torch.dtype, turns: int, width: int, arguments: Sequence[Tensor | int | None]
-) -> None:
-    """Run a loop of so many turns of that width for a dtype.
-
-    The C function gets one array of int64: the addresses of the two functions of OpenMP, or zeros, the number of turns,
-    and the arguments, numbers as they are and tensors as the address of their first element (None is 0).
-    """
-    entry = _compiled(build, dtype)
-    threads = torch.get_num_threads()
-    openmp = _openmp() if threads > 1 and turns * width >= _ENOUGH else None
-    numbers = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    head = (0, 0) if openmp is None else openmp[1:]
-    block = (ctypes.c_int64 * _LENGTHS[build])(*head, turns, *numbers)
-    if openmp is None:
-        entry.ctypes(ctypes.addressof(block))
-    else:
-        openmp.parallel(entry.address, ctypes.addressof(block), threads, 0)
-
-
-@functools.cache
-def _compiled(build: Callable[..., Any], dtype: torch.dtype) -> Any:
-    loop = build(STORED[dtype], np.float64 if dtype == torch.float64 else np.float32)
-    compiler = functools.partial(numba.cfunc, types.void(types.voidptr), **_OPTIONS)
-    try:
-        return compiler(cache=True)(loop)
-    except Exception:  # there is no place on disk, or it is full, or what lies there is damaged
-        return compiler()(loop)
-
-
-# -- the language of the loops -----------------------------------------------------------------------------------------
-
-# NaN and Inf remain what they are
-_OPTIONS = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
-_inlined = numba.njit(inline="always", **_OPTIONS)
-
-
-@intrinsic
-def _pointer(_: Any, address: Any) -> Any:
-    """An address as a pointer."""
-    return types.voidptr(address), lambda _, builder, __, args: builder.inttoptr(args[0], cgutils.voidptr_t)
-
-
-@intrinsic
-def _call(_: Any, address: Any) -> Any:
-    """What the C function ``int f(void)`` at an address returns."""
-
-    def code(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        return builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
-
-    return types.int32(address), code
-
-
-@intrinsic
-def _as_float32(_: Any, bits: Any) -> Any:
-    """The number whose bits these are."""
-    return types.float32(types.uint32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
-
-
-@intrinsic
-def _as_bits(_: Any, number: Any) -> Any:
-    """The bits of a number."""
-    return types.uint32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-def _number(stored: Any) -> Any:
-    """An element of a table as the number that it is: of bfloat16, given as uint16, the float32; others unchanged."""
-
-
-def _stored(number: Any, like: Any) -> Any:
-    """A number as the element ``like`` is of; to bfloat16 it is rounded to the nearest, ties to even."""
-
-
-@overload(_number, inline="always")
-def _(stored: Any) -> Any:
-    def widened(stored: Any) -> Any:
-        return _as_float32(np.uint32(stored) << np.uint32(16))
-
-    def unchanged(stored: Any) -> Any:
-        return stored
-
-    return widened if stored == types.uint16 else unchanged
-
-
-@overload(_stored, inline="always")
-def _(number: Any, like: Any) -> Any:
-    def rounded(number: Any, like: Any) -> Any:
-        bits = _as_bits(number)
-        nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        return np.uint16(nearest if number == number else np.uint32(0x7FC0))
-
-    def unchanged(number: Any, like: Any) -> Any:
-        return number
-
-    return rounded if like == types.uint16 else unchanged
-
-
-@_inlined
-def _share(block: Any) -> Any:
-    """Number of this thread, count of threads, and the turns of this thread: from the first to before the last."""
-    thread, threads = (0, 1) if block[0] == 0 else (_call(block[0]), _call(block[1]))
-    turns = block[2]
-    return thread, threads, turns * thread // threads, turns * (thread + 1) // threads
-
-
-@_inlined
+@inlined
 def _geometry(block: Any) -> Any:
     """The numbers of ``_fields``, out of memory that results may be thought to overlap."""
     g = block
@@ -288,7 +136,7 @@ def _geometry(block: Any) -> Any:
     )
 
 
-@_inlined
+@inlined
 def _neighbours(position: Any, size: Any, real: Any) -> Any:
     """``deform_conv_plan._neighbours`` of one position."""
     if position < real(-2):
@@ -307,7 +155,7 @@ def _neighbours(position: Any, size: Any, real: Any) -> Any:
     return first, second, weight0, weight1, inside0, inside1
 
 
-@_inlined
+@inlined
 def _site(geometry: Any, offset: Any, mask: Any, image: Any, y: Any, x: Any, ky: Any, kx: Any, real: Any) -> Any:
     """For a tap of an output pixel the ``_neighbours`` in both directions, and the mask."""
     kernel, stride, padding, dilation, in_size, _, top, offset_strides, mask_strides = geometry
@@ -329,14 +177,14 @@ def _write(_: Any, real: Any) -> Callable[[Any], None]:
 
     def loop(address: Any) -> None:
         block = numba.carray(address, (_PLAN_BLOCK,), np.int64)
-        _, _, first, last = _share(block)
+        _, _, first, last = share(block)
         geometry = _geometry(block)
         (kernel_h, kernel_w), in_size, (out_h, out_w) = geometry[0], geometry[4], geometry[5]
-        offset = numba.carray(_pointer(block[3]), (_UNBOUNDED,), real)
-        mask = numba.carray(_pointer(block[4]), (_UNBOUNDED if block[4] else 0,), real)
+        offset = numba.carray(pointer(block[3]), (UNBOUNDED,), real)
+        mask = numba.carray(pointer(block[4]), (UNBOUNDED if block[4] else 0,), real)
         first_row = block[26]
-        index = numba.carray(_pointer(block[27]), (_UNBOUNDED,), np.int32)
-        weight = numba.carray(_pointer(block[28]), (_UNBOUNDED,), real)
+        index = numba.carray(pointer(block[27]), (UNBOUNDED,), np.int32)
+        weight = numba.carray(pointer(block[28]), (UNBOUNDED,), real)
         n = first * kernel_h * kernel_w * 4
         for pixel in range(first, last):
             image, y, x = pixel // (out_h * out_w), pixel // out_w % out_h, pixel % out_w
@@ -372,14 +220,14 @@ def _differentiate(_: Any, real: Any) -> Callable[[Any], None]:
 
     def loop(address: Any) -> None:
         block = numba.carray(address, (_PLAN_BLOCK,), np.int64)
-        _, _, first, last = _share(block)
+        _, _, first, last = share(block)
         geometry = _geometry(block)
         (kernel_h, kernel_w), (out_h, out_w) = geometry[0], geometry[5]
-        offset = numba.carray(_pointer(block[3]), (_UNBOUNDED,), real)
-        mask = numba.carray(_pointer(block[4]), (_UNBOUNDED if block[4] else 0,), real)
-        grad_weight = numba.carray(_pointer(block[26]), (_UNBOUNDED, 4), real)
-        grad_offset = numba.carray(_pointer(block[27]), (_UNBOUNDED, 2), real)
-        grad_mask = numba.carray(_pointer(block[28]), (_UNBOUNDED,), real)
+        offset = numba.carray(pointer(block[3]), (UNBOUNDED,), real)
+        mask = numba.carray(pointer(block[4]), (UNBOUNDED if block[4] else 0,), real)
+        grad_weight = numba.carray(pointer(block[26]), (UNBOUNDED, 4), real)
+        grad_offset = numba.carray(pointer(block[27]), (UNBOUNDED, 2), real)
+        grad_mask = numba.carray(pointer(block[28]), (UNBOUNDED,), real)
         n = first * kernel_h * kernel_w
         for pixel in range(first, last):
             image, y, x = pixel // (out_h * out_w), pixel // out_w % out_h, pixel % out_w
@@ -406,13 +254,13 @@ def _sum(stored: Any, real: Any) -> Callable[[Any], None]:
 
     def loop(address: Any) -> None:
         block = numba.carray(address, (_SUM_BLOCK,), np.int64)
-        _, _, first, last = _share(block)
+        _, _, first, last = share(block)
         channels = block[3]
-        table = numba.carray(_pointer(block[4]), (_UNBOUNDED, channels), stored)
-        index = numba.carray(_pointer(block[5]), (_UNBOUNDED, 4), np.int32)
-        weight = numba.carray(_pointer(block[6]), (_UNBOUNDED, 4), real)
-        out = numba.carray(_pointer(block[7]), (_UNBOUNDED, channels), stored)
-        zeros = numba.carray(_pointer(block[8]), (channels,), stored)
+        table = numba.carray(pointer(block[4]), (UNBOUNDED, channels), stored)
+        index = numba.carray(pointer(block[5]), (UNBOUNDED, 4), np.int32)
+        weight = numba.carray(pointer(block[6]), (UNBOUNDED, 4), real)
+        out = numba.carray(pointer(block[7]), (UNBOUNDED, channels), stored)
+        zeros = numba.carray(pointer(block[8]), (channels,), stored)
         for n in range(first, last):
             w0, w1, w2, w3 = weight[n, 0], weight[n, 1], weight[n, 2], weight[n, 3]
             i0, i1, i2, i3 = index[n, 0], index[n, 1], index[n, 2], index[n, 3]
@@ -425,8 +273,8 @@ def _sum(stored: Any, real: Any) -> Callable[[Any], None]:
                 r3 = table[i3] if i3 != -1 else zeros
             target = out[n]
             for c in range(channels):
-                total = w0 * _number(r0[c]) + w1 * _number(r1[c]) + w2 * _number(r2[c]) + w3 * _number(r3[c])
-                target[c] = _stored(total, target[c])
+                total = w0 * as_number(r0[c]) + w1 * as_number(r1[c]) + w2 * as_number(r2[c]) + w3 * as_number(r3[c])
+                target[c] = as_stored(total, target[c])
 
     return loop
 
@@ -439,15 +287,15 @@ def _add(stored: Any, real: Any) -> Callable[[Any], None]:
 
     def loop(address: Any) -> None:
         block = numba.carray(address, (_ADD_BLOCK,), np.int64)
-        thread, threads, _, _ = _share(block)
+        thread, threads, _, _ = share(block)
         turns, channels = block[2], block[3]
-        table = numba.carray(_pointer(block[4]), (_UNBOUNDED, channels), stored)
-        index = numba.carray(_pointer(block[5]), (_UNBOUNDED, 4), np.int32)
-        weight = numba.carray(_pointer(block[6]), (_UNBOUNDED, 4), real)
-        grad_out = numba.carray(_pointer(block[7]), (_UNBOUNDED, channels), stored)
+        table = numba.carray(pointer(block[4]), (UNBOUNDED, channels), stored)
+        index = numba.carray(pointer(block[5]), (UNBOUNDED, 4), np.int32)
+        weight = numba.carray(pointer(block[6]), (UNBOUNDED, 4), real)
+        grad_out = numba.carray(pointer(block[7]), (UNBOUNDED, channels), stored)
         need_weight, need_table = block[8] != 0, block[9] != 0
-        grad_weight = numba.carray(_pointer(block[8]), (_UNBOUNDED, 4), real)
-        grad_table = numba.carray(_pointer(block[9]), (_UNBOUNDED, channels), real)
+        grad_weight = numba.carray(pointer(block[8]), (UNBOUNDED, 4), real)
+        grad_table = numba.carray(pointer(block[9]), (UNBOUNDED, channels), real)
         for n in range(turns):
             grad = grad_out[n]
             for corner in range(4):
@@ -463,14 +311,11 @@ def _add(stored: Any, real: Any) -> Callable[[Any], None]:
                 if need_weight:
                     row, product = table[number], real(0)
                     for c in range(channels):
-                        product += _number(grad[c]) * _number(row[c])
+                        product += as_number(grad[c]) * as_number(row[c])
                     grad_weight[n, corner] = product
                 if need_table:
                     total, factor = grad_table[number], weight[n, corner]
                     for c in range(channels):
-                        total[c] += factor * _number(grad[c])
+                        total[c] += factor * as_number(grad[c])
 
     return loop
-
-
-_LENGTHS = {_write: _PLAN_BLOCK, _differentiate: _PLAN_BLOCK, _sum: _SUM_BLOCK, _add: _ADD_BLOCK}

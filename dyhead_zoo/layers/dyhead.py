@@ -277,7 +277,8 @@ class SpatialAttention(nn.Module):
         countable = 0 < 36 * pyramid.start(len(features)) < INT32_LIMIT  # entries of a plan: nine taps, four corners
         if not (countable and pyramid.halves and all(map(border_is_finite, features))):
             return None
-        return joined([as_table(x) for x in features])
+        table = pyramid.table_behind(features)  # of the block before
+        return joined([as_table(x) for x in features]) if table is None else table
 
     def forward(
         self, features: list[Tensor], fields: list[Field | None], table: Tensor | None = None

@@ -57,3 +57,13 @@ class Pyramid(NamedTuple):
         lengths = [self.batch * self.pixels(level) for level in range(len(self.sizes))]
         parts = zip(table.split(lengths), self.sizes, strict=True)
         return [rows.view(self.batch, *size, -1).permute(0, 3, 1, 2) for rows, size in parts]
+
+    def table_behind(self, features: Sequence[Tensor]) -> Tensor | None:
+        """The table whose ``maps`` these are, if that is what they are."""
+        table = features[0]._base
+        if table is None or table.shape != (self.start(len(features)), features[0].shape[1]):
+            return None
+        if not table.is_contiguous() or any(x._base is not table or x.dtype != table.dtype for x in features):
+            return None
+        places = [(x.data_ptr(), x.stride()) for x in features]
+        return table if places == [(x.data_ptr(), x.stride()) for x in self.maps(table.detach())] else None

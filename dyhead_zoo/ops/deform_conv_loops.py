@@ -282,7 +282,8 @@ def _sum(stored: Any, real: Any) -> Callable[[Any], None]:
 def _add(stored: Any, real: Any) -> Callable[[Any], None]:
     """Derivative of the sums. A turn is a sample, and every thread takes all of them, for the rows that are its own.
 
-    So nothing is written by two threads, and the sums do not depend on their number.
+    So nothing is written by two threads, and the sums do not depend on their number. A thread owns eight rows, passes
+    over those of the others, and so on: the neighbours of a sample mostly belong to one thread.
     """
 
     def loop(address: Any) -> None:
@@ -306,14 +307,21 @@ def _add(stored: Any, real: Any) -> Callable[[Any], None]:
                     if need_weight and thread == 0:
                         grad_weight[n, corner] = 0
                     continue
-                if number % threads != thread:
+                if (number >> 3) % threads != thread:
                     continue
-                if need_weight:
+                if need_weight and need_table:
+                    row, product, total, factor = table[number], real(0), grad_table[number], weight[n, corner]
+                    for c in range(channels):
+                        value = as_number(grad[c])
+                        product += value * as_number(row[c])
+                        total[c] += factor * value
+                    grad_weight[n, corner] = product
+                elif need_weight:
                     row, product = table[number], real(0)
                     for c in range(channels):
                         product += as_number(grad[c]) * as_number(row[c])
                     grad_weight[n, corner] = product
-                if need_table:
+                elif need_table:
                     total, factor = grad_table[number], weight[n, corner]
                     for c in range(channels):
                         total[c] += factor * as_number(grad[c])

@@ -90,7 +90,38 @@ def end_loops(block: DyHeadBlock, dtype: torch.dtype) -> ModuleType | None:
         return None
     from dyhead_zoo.layers import dyhead_loops
 
-    return dyhead_loops if dtype in dyhead_loops.DTYPES else None
+    return dyhead_loops if dtype in dyhead_loops.DTYPES and _loops_work(dyhead_loops, dtype) else None
+
+
+@functools.cache
+def _loops_work(loops: ModuleType, dtype: torch.dtype) -> bool:
+    """Whether the loops give what PyTorch's operators give for small maps, and their gradients."""
+
+    def trial() -> bool:
+        numbers = torch.arange(185, dtype=dtype, device="cpu").sin()
+        maps = [part.view(-1, 5) for part in numbers.split([60, 60, 30, 35])]
+        *tables, coefficients = (part.clone().requires_grad_() for part in maps)
+        pyramid = Pyramid(1, ((3, 4), (2, 3)))
+        mid, low, high = tables
+        larger = F.interpolate(high.view(1, 2, 3, 5).permute(0, 3, 1, 2), (3, 4), mode="bilinear", align_corners=True)
+        upsampled = larger.permute(0, 2, 3, 1).view(-1, 5)
+        s_mid, s_low, s_high, a1, b1, a2, b2 = coefficients
+        total = s_mid * mid + s_low * low + s_high * upsampled
+        out = torch.maximum(a1 * total + b1, a2 * total + b2)
+        inputs = (*tables, coefficients)
+        expected = [out, *torch.autograd.grad(out, inputs, maps[0])]
+        ours = [torch.empty_like(t) for t in (out, *inputs)]
+        with torch.no_grad():
+            branches = loops.Branches(*pyramid.sizes, *tables)
+            loops.combine(branches, coefficients, ours[0])
+            targets = loops.Branches(*pyramid.sizes, *ours[1:4])
+            loops.add_gradients(branches, coefficients, maps[0], targets, ours[4])
+        return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, expected, strict=True))
+
+    try:
+        return undisturbed(trial)
+    except Exception:  # whatever a numba that does not fit its surroundings may raise
+        return False
 
 
 def write_end(

@@ -163,10 +163,10 @@ def close(ours: list[Tensor], reference: list[Tensor]) -> None:
         ("resnet50", 33, 16),
         ("resnet26d", 19, 8),  # a deep stem; its downsampling starts with a mean
         ("resnetblur50", 33, 16),  # blurs between activation and convolution
-        ("resnext50_32x4d", 33, 16),
+        ("resnext50_32x4d", 17, 16),  # its convolutions of groups are left alone
         ("seresnet33ts", None, 0),
         ("seresnext26t_32x4d", None, 0),
-        ("tf_efficientnet_lite0", 32, 0),
+        ("tf_efficientnet_lite0", 15, 0),
         ("regnetx_002", None, 0),
         ("mobilenetv3_small_050", None, 0),
         ("convnext_atto", 0, 0),
@@ -176,7 +176,7 @@ def test_whole_levels_stay_the_same(name: str, activations: int | None, sums: in
     backbone = shaken(Backbone(name, strides=(4, 8, 16, 32), drop_path=0.1 if "resnet" in name else 0.0))
     ours = fused(backbone)
     acts = sum(type(part.act) is not nn.Identity for part in ours.modules() if isinstance(part, PackedConv2d))
-    assert acts == activations if activations is not None else acts > 10
+    assert acts == activations if activations is not None else acts > 4
     assert count(ours, _SummingBlock) == sums
     images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(1))
     given = images.clone()

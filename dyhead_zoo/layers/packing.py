@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import torch
-from timm.layers import Conv2dSame
-from timm.layers.padding import pad_same
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
@@ -71,26 +69,14 @@ class PackedConv2d(nn.Conv2d):
         return {**self.__dict__, "_packed": None}
 
 
-class PackedConv2dSame(PackedConv2d):
-    """The same of timm's ``Conv2dSame``, which pads as TensorFlow does."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        kernel, stride, dilation = map(list, (self.kernel_size, self.stride, self.dilation))
-        return self._conv_forward(pad_same(input, kernel, stride, dilation), self.weight, self.bias)
-
-
-_PACKED: dict[type[nn.Module], type[PackedConv2d]] = {nn.Conv2d: PackedConv2d, Conv2dSame: PackedConv2dSame}
-
-
 def pack(conv: nn.Module, act: Any = nn.Identity) -> bool:
-    """Make a convolution and this type of activation after it a ``PackedConv2d``, in place, if that works."""
-    packed = _PACKED.get(type(conv))
-    if packed is None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+    """Make a convolution and this type of activation after it a ``PackedConv2d``, in place, if that works and pays."""
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
-    if act not in POST_OPS or not _works(act):
+    if conv.groups > 1 or act not in POST_OPS or not _works(act):  # weights of groups are small
         return False
-    conv.__class__ = packed
-    conv.act = act().train(conv.training)
+    conv.__class__ = PackedConv2d
+    cast(PackedConv2d, conv).act = act().train(conv.training)
     return True
 
 

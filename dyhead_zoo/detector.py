@@ -120,9 +120,9 @@ class Detector(nn.Module):
 
         Convolutions keep their weights a second time, laid out for products on a CPU; those of the backbone do the
         activation that follows, and in ResNets the sum, in the same pass. In place, like the ``fuse`` of timm's models;
-        a second call does nothing. Results stay the same up to rounding. What was folded cannot be told apart again, so
-        a fused detector cannot be trained or saved: it belongs at the end of what loads the weights. ``copy.deepcopy``
-        first keeps one that can.
+        a second call does nothing. Results stay the same up to rounding, but NaN may come out of a ReLU as 0. What was
+        folded cannot be told apart again, so a fused detector cannot be trained or saved: it belongs at the end of what
+        loads the weights. ``copy.deepcopy`` first keeps one that can.
         """
         self.eval()
         if not self.fused:

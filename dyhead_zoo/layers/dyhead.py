@@ -41,7 +41,7 @@ from dyhead_zoo.ops.deform_conv_cpu import (
     convolve_table,
     packed_linear,
 )
-from dyhead_zoo.ops.deform_conv_plan import Geometry, as_table, joined
+from dyhead_zoo.ops.deform_conv_plan import Geometry
 from dyhead_zoo.ops.deform_conv_samples import INT32_LIMIT
 from dyhead_zoo.ops.pyramid import Pyramid
 
@@ -277,8 +277,7 @@ class SpatialAttention(nn.Module):
         countable = 0 < 36 * pyramid.start(len(features)) < INT32_LIMIT  # entries of a plan: nine taps, four corners
         if not (countable and pyramid.halves and all(map(border_is_finite, features))):
             return None
-        table = pyramid.table_behind(features)  # of the block before
-        return joined([as_table(x) for x in features]) if table is None else table
+        return pyramid.joined(features)
 
     def forward(
         self, features: list[Tensor], fields: list[Field | None], table: Tensor | None = None
@@ -407,7 +406,7 @@ class DyHeadBlock(nn.Module):
         fields = self.spatial.fields(features)
         if table is not None and trace is None and (loops := self._end_loops(table)):
             convolved = self.spatial.convolve(table, features, fields)
-            return pyramid.maps(dyhead_tail.end_with_gradients(loops, self, pyramid, convolved))
+            return dyhead_tail.end_with_gradients(loops, self, pyramid, convolved)
         outputs, weights, coefficients = [], [], []
         for branches in self.spatial(features, fields, *(() if table is None else (table,))):
             if self.scale is not None:

@@ -163,6 +163,6 @@ def _combine(maps: Mapping[str, Tensor], coefficients: Tensor) -> None:
     for start in range(0, len(maps["mid"]), _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
         total = maps["mid"][rows].mul_(scales["mid"])
-        for name in maps.keys() - {"mid"}:
+        for name in [name for name in NAMES[1:] if name in maps]:
             total.addcmul_(maps[name][rows], scales[name])
         torch.maximum(torch.addcmul(intercept1, total, slope1), torch.addcmul(intercept2, total, slope2), out=total)

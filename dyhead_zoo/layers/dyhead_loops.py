@@ -25,7 +25,7 @@ from dyhead_zoo.ops.loops import HEAD, UNBOUNDED, expect, inlined, pointer, run,
 DTYPES = (torch.float32, torch.float64)
 """Of the maps."""
 _COEFFICIENTS = 7
-_BLOCK = HEAD + 18  # numbers that a loop is handed at most
+_BLOCK = HEAD + 17  # numbers that a loop is handed at most
 
 
 class Branches(NamedTuple):
@@ -57,10 +57,10 @@ def combine(branches: Branches, coefficients: Tensor, out: Tensor) -> None:
     _run(_combine, branches, coefficients, out)
 
 
-def add_gradients(
+def write_gradients(
     branches: Branches, coefficients: Tensor, grad_out: Tensor, grads: Branches, grad_coefficients: Tensor
 ) -> None:
-    """The derivative of ``combine``: writes what is in ``grads`` and ``grad_coefficients``, which have the shapes."""
+    """The derivative of ``combine``: fills ``grads``, shaped as ``branches``, and ``grad_coefficients``, (7, C)."""
     (height, _), channels = branches.size, branches.mid.shape[1]
     # sums of each row, then over the rows: they neither lose digits nor depend on the number of threads
     sums = coefficients.new_empty(height, *coefficients.shape)

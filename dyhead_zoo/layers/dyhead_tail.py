@@ -14,6 +14,7 @@ combined; with gradients nothing is kept but the maps themselves.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -66,9 +67,10 @@ def end_coefficients(block: DyHeadBlock, convolved: Mapping[str, Tensor], pyrami
         for name, (_, layout) in layouts.items()
     ]
     maps = [level * batch + image for levels, _ in layouts.values() for level in levels for image in range(batch)]
+    shares = [sum(level in levels for levels, _ in layouts.values()) for level in range(count)]
     scale, shift = _group_norms(branches)
     pooled = torch.cat([branch.final_mean for branch in branches]) * scale + shift
-    factor = pooled.new_tensor([1 / maps.count(number) for number in maps])[:, None]
+    factor = pooled.new_tensor([1 / shares[number // batch] for number in maps])[:, None]
     if block.scale is not None:
         factor = factor * block.scale(pooled[:, :, None, None]).flatten(1)  # the mean of a single pixel is that pixel
     served = torch.tensor(maps, device=pooled.device)
@@ -115,13 +117,16 @@ def _loops_work(loops: ModuleType, dtype: torch.dtype) -> bool:
             branches = loops.Branches(*pyramid.sizes, *tables)
             loops.combine(branches, coefficients, ours[0])
             targets = loops.Branches(*pyramid.sizes, *ours[1:4])
-            loops.add_gradients(branches, coefficients, maps[0], targets, ours[4])
+            loops.write_gradients(branches, coefficients, maps[0], targets, ours[4])
         return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, expected, strict=True))
 
     try:
-        return undisturbed(trial)
+        works = undisturbed(trial)
     except Exception:  # whatever a numba that does not fit its surroundings may raise
-        return False
+        works = False
+    if not works:
+        warnings.warn("DyHead is slower than need be: numba's loops for it fail, install another version", stacklevel=4)
+    return works
 
 
 def write_end(
@@ -135,28 +140,32 @@ def write_end(
 
 def end_with_gradients(
     loops: ModuleType, block: DyHeadBlock, pyramid: Pyramid, convolved: Mapping[str, Tensor]
-) -> Tensor:
-    """The output (rows, C), differentiable in the block's parameters and ``convolved``, see ``end_coefficients``."""
+) -> list[Tensor]:
+    """The output, L x (B, C, H_l, W_l) in the memory of one table, once differentiable.
+
+    In the block's parameters and ``convolved``, see ``end_coefficients``.
+    """
     coefficients = end_coefficients(block, convolved, pyramid)
-    out: Tensor = _End.apply(loops, pyramid, coefficients, *map(convolved.get, NAMES))
-    return out
+    return list(_End.apply(loops, pyramid, coefficients, *map(convolved.get, NAMES)))
 
 
 class _End(torch.autograd.Function):
-    """``write_end`` to a new tensor."""
+    """``write_end`` to new maps."""
 
     @staticmethod
-    def forward(ctx: Any, loops: ModuleType, pyramid: Pyramid, coefficients: Tensor, *tables: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, loops: ModuleType, pyramid: Pyramid, coefficients: Tensor, *tables: Tensor | None
+    ) -> tuple[Tensor, ...]:
         ctx.loops, ctx.pyramid = loops, pyramid
         ctx.save_for_backward(coefficients, *tables)
         convolved = _named(tables)
         out = torch.empty_like(convolved["mid"])
         write_end(loops, pyramid, coefficients, convolved, out)
-        return out
+        return tuple(pyramid.maps_of_their_own(out))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
         loops, pyramid = ctx.loops, ctx.pyramid
         coefficients, *tables = ctx.saved_tensors
         grads = [None if table is None else torch.empty_like(table) for table in tables]
@@ -164,12 +173,12 @@ class _End(torch.autograd.Function):
         for branches, numbers, grad, targets, sums in zip(
             _parts(loops, pyramid, _named(tables)),
             coefficients,
-            _images(pyramid, grad_out.contiguous()),
+            [image for level in grads_out for image in level.permute(0, 2, 3, 1).contiguous().flatten(1, 2)],
             _parts(loops, pyramid, _named(grads)),
             grad_coefficients,
             strict=True,
         ):
-            loops.add_gradients(branches, numbers, grad, targets, sums)
+            loops.write_gradients(branches, numbers, grad, targets, sums)
         return None, None, grad_coefficients, *grads
 
 

@@ -86,7 +86,7 @@ def pack_convolutions(module: nn.Module) -> int:
     Blocks of ResNets that end in one, and stages of them, become what adds without memory of its own.
 
     Returns:
-        How many convolutions.
+        How many convolutions were made so now.
     """
     if isinstance(module, DyHead):
         return 0
@@ -174,20 +174,20 @@ def _ends_packed(downsample: nn.Module | None) -> bool:
 # -- oneDNN ------------------------------------------------------------------------------------------------------------
 
 
-def _sizes(conv: nn.Conv2d) -> tuple[Any, ...]:
+def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
     return list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
 
 
 def _reorder(conv: nn.Conv2d, input: Tensor) -> Tensor:
     weight = conv.weight.detach()
-    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *_sizes(conv), list(input.shape))
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *_geometry(conv), list(input.shape))
     return packed
 
 
 def _convolve(conv: nn.Conv2d, input: Tensor, packed: Tensor, act: nn.Module) -> Tensor:
     """act(conv(input)), channels-last."""
     x, post_op = input.contiguous(memory_format=torch.channels_last), POST_OPS[type(act)]
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, conv.bias, *_sizes(conv), *post_op, "")
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, conv.bias, *_geometry(conv), *post_op, "")
     return out
 
 
@@ -195,7 +195,7 @@ def _add_convolved(summand: Tensor, conv: nn.Conv2d, input: Tensor, packed: Tens
     """relu(summand + conv(input)), channels-last, in place of the summand if that is."""
     total, x = (t.contiguous(memory_format=torch.channels_last) for t in (summand, input))
     add = torch.ops.mkldnn._convolution_pointwise_.binary
-    out: Tensor = add(total, x, packed, conv.bias, *_sizes(conv), "add", 1.0, "relu", [], "")
+    out: Tensor = add(total, x, packed, conv.bias, *_geometry(conv), "add", 1.0, "relu", [], "")
     return out
 
 

@@ -285,17 +285,18 @@ def _backward(
     grad_weight = torch.empty_like(weight) if need_weight else None
     # (K·C, O): products of this shape are the faster ones on several threads
     grad_transposed = matrix.new_zeros(matrix.shape[::-1], dtype=position_dtype(matrix.dtype)) if need_matrix else None
-    buffer = matrix.new_empty(chunk, matrix.shape[1])  # new memory for each chunk costs page faults
+    buffer = matrix.new_empty(chunk, matrix.shape[1])  # new memory for each chunk may cost page faults
     samples = samples_of(table, matrix.shape[1] // channels, loops, buffer)
     add_gradients = samples.derivative(index, weight, chunk, grad_weight, grad_table)
-    to_samples = packed_linear(matrix.t(), pixels)
+    need_samples = grad_weight is not None or grad_table is not None
+    to_samples = packed_linear(matrix.t(), pixels) if need_samples else None
     for start in range(0, pixels, chunk):
         part = slice(start, min(start + chunk, pixels))
         part_grad = grad_out[part]
         if grad_transposed is not None:
             entries = slice(part.start * 4 * samples.taps, part.stop * 4 * samples.taps)
             _add_product(grad_transposed, samples.take(index[entries], weight[entries]).t(), part_grad)
-        if grad_weight is not None or grad_table is not None:
+        if to_samples is not None:
             add_gradients(part, to_samples(part_grad, None).view(-1, channels))
     return (
         None,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,8 +98,15 @@ def run(
 
 
 @functools.cache
+def _stamp() -> str:
+    """Tells versions of this file apart; those of the file with the loop numba tells apart itself."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+
+
+@functools.cache
 def _compiled(build: Callable[..., Any], dtype: torch.dtype) -> Any:
     loop = build(STORED[dtype], np.float64 if dtype == torch.float64 else np.float32)
+    loop.__qualname__ += f".{_stamp()}"  # in the name of the file on disk: what is inlined from here may have changed
     compiler = functools.partial(numba.cfunc, types.void(types.voidptr), **_OPTIONS)
     try:
         return compiler(cache=True)(loop)

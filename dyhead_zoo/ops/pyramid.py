@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from dyhead_zoo.ops.deform_conv_plan import Pair
+from dyhead_zoo.ops.deform_conv_plan import Pair, as_table, joined
 
 
 class Pyramid(NamedTuple):
@@ -58,12 +59,46 @@ class Pyramid(NamedTuple):
         parts = zip(table.split(lengths), self.sizes, strict=True)
         return [rows.view(self.batch, *size, -1).permute(0, 3, 1, 2) for rows, size in parts]
 
+    def maps_of_their_own(self, table: Tensor) -> list[Tensor]:
+        """``maps`` that autograd does not know to be views; not differentiable."""
+        return [_at(table, int(x.storage_offset()), x.shape, x.stride()) for x in self.maps(table)]
+
     def table_behind(self, features: Sequence[Tensor]) -> Tensor | None:
-        """The table whose ``maps`` these are, if that is what they are."""
-        table = features[0]._base
-        if table is None or table.shape != (self.start(len(features)), features[0].shape[1]):
+        """The table in whose memory maps lie as ``maps`` has them, detached from them; None if they do not."""
+        first = features[0]
+        shape = (self.start(len(features)), first.shape[1])
+        storage, start = first.untyped_storage(), int(first.storage_offset())
+        if storage.nbytes() < (start + shape[0] * shape[1]) * first.element_size():
             return None
-        if not table.is_contiguous() or any(x._base is not table or x.dtype != table.dtype for x in features):
-            return None
-        places = [(x.data_ptr(), x.stride()) for x in features]
-        return table if places == [(x.data_ptr(), x.stride()) for x in self.maps(table.detach())] else None
+        table = _at(first, start, shape, (shape[1], 1))
+        places = [[(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in maps] for maps in (features, self.maps(table))]
+        return table if places[0] == places[1] else None
+
+    def joined(self, features: Sequence[Tensor]) -> Tensor:
+        """The table of maps (B, C, H_l, W_l), differentiable; no copy of maps that ``table_behind`` knows."""
+        table = self.table_behind(features)
+        if table is None:
+            return joined([as_table(x) for x in features])
+        out: Tensor = _Joined.apply(self, (table,), *features)
+        return out
+
+
+def _at(like: Tensor, offset: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """A tensor in the memory of another, of which autograd does not know."""
+    return like.detach().new_empty(0).set_(like.untyped_storage(), offset, shape, strides)
+
+
+class _Joined(torch.autograd.Function):
+    """A table made of maps that lie in it already."""
+
+    @staticmethod
+    def forward(ctx: Any, pyramid: Pyramid, table: tuple[Tensor], *features: Tensor) -> Tensor:
+        ctx.pyramid = pyramid
+        ctx.save_for_backward(*features)  # which costs nothing, and tells whether they were changed in place since
+        return table[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        return None, None, *ctx.pyramid.maps(grad.contiguous())

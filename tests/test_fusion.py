@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -192,6 +193,27 @@ def test_whole_levels_stay_the_same(name: str, activations: int | None, sums: in
     for now, then in zip((*levels, images), (*kept, given), strict=True):
         assert torch.equal(now, then)
     close(ours(images), reference)  # with gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("resnet26", {"output_stride": 16, "strides": (8, 16)}),
+        ("resnet26", {"caffe": True}),
+        ("hrnet_w18_small", {"strides": (4, 8, 16, 32)}),
+    ],
+    ids=["dilated", "caffe", "branches"],
+)
+def test_levels_of_other_layouts_stay_the_same(name: str, arguments: dict[str, Any]) -> None:
+    backbone = shaken(Backbone(name, **arguments))
+    ours = fused(backbone)
+    assert count(ours, _SummingBlock) > 0
+    for side in (32, 72):  # the smaller one has a last level of 1 x 1
+        images = torch.randn(2, 3, 32, side, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            expected = backbone(images)
+            for _ in range(2):
+                close(ours(images), expected)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet26"])

@@ -392,11 +392,10 @@ class DyHeadBlock(nn.Module):
         parts = list(self.modules())
         if any(type(part) not in _OWN_PARTS for part in parts) or any(map(_is_watched, parts[1:])):
             return False
-        branches = [(getattr(self.spatial, f"conv_{name}"), getattr(self.spatial, f"norm_{name}")) for name in _SAMPLED]
-        deformable = (
-            all(type(conv) is DeformConv3x3 for conv, _ in branches) and self.spatial.backend in _TABLE_BACKENDS
-        )
-        return deformable and len({(norm.num_groups, norm.eps) for _, norm in branches}) == 1
+        kept = [name for name in _SAMPLED if hasattr(self.spatial, f"conv_{name}")]  # a single level needs "mid" only
+        convs, norms = ([getattr(self.spatial, f"{part}_{name}") for name in kept] for part in ("conv", "norm"))
+        deformable = all(type(conv) is DeformConv3x3 for conv in convs) and self.spatial.backend in _TABLE_BACKENDS
+        return deformable and len({(norm.num_groups, norm.eps) for norm in norms}) == 1
 
     def forward(self, features: list[Tensor], trace: Trace | None = None) -> list[Tensor]:
         """L x (B, C_in, H_l, W_l) -> L x (B, C_out, H_l, W_l), fine to coarse; appends its attentions to ``trace``."""

@@ -250,3 +250,17 @@ def test_packed_weights_give_the_same_until_they_change() -> None:
             conv.weight.mul_(3)
     assert all(conv.packed is None for conv in convs)
     assert_fused_is_plain(head, features, 1e-5)
+
+
+def test_a_single_level_needs_the_middle_branch_only(calls: list[int]) -> None:
+    head, features = head_of(), pyramid(levels=1)
+    with torch.no_grad():
+        expected = head(features)
+    for block in head.blocks:
+        for part in ("conv_low", "norm_low", "conv_high", "norm_high"):
+            delattr(block.spatial, part)
+    assert_fused_is_plain(head, features, 1e-5)
+    with torch.no_grad():
+        head.fused = True
+        assert torch.equal(head(features)[0], expected[0])
+    assert len(calls) == 3

@@ -84,7 +84,6 @@ class ProjectionNeck(DyHeadNeck):
 
 def _keep_middle_branch(dyhead: DyHead) -> None:
     """Without neighbours the other branches would get no gradient, which DistributedDataParallel refuses."""
-    dyhead.fused = False  # it computes all three
     for block in dyhead.blocks:
         for part in ("conv_high", "norm_high", "conv_low", "norm_low"):
             delattr(block.spatial, part)

@@ -31,6 +31,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from dyhead_zoo.layers import dyhead_cuda, dyhead_inference, dyhead_tail
+from dyhead_zoo.layers.dyhead_tail import SAMPLED
 from dyhead_zoo.ops import modulated_deform_conv2d
 from dyhead_zoo.ops.deform_conv import Backend, cpu_loops
 from dyhead_zoo.ops.deform_conv_cpu import (
@@ -49,7 +50,6 @@ CoarseOffsets = Literal["reinterpret", "aligned"]
 Field = tuple[Tensor, Tensor]  # offsets and masks of a level
 _GROUPS = 16  # of GroupNorm, as in the released code
 _TABLE_BACKENDS = ("auto", "numba", "bag")  # of convolutions that can take all levels in one table
-_SAMPLED = {"mid": 0, "low": -1, "high": 1}  # the branches: which level each samples, counted from its own
 
 
 class BlockAttention(NamedTuple):
@@ -236,7 +236,7 @@ class SpatialAttention(nn.Module):
     @property
     def backend(self) -> Backend | None:
         """That of the deformable convolutions; None if they differ or are ordinary ones."""
-        convs = [conv for name in _SAMPLED if (conv := getattr(self, f"conv_{name}", None)) is not None]
+        convs = [conv for name in SAMPLED if (conv := getattr(self, f"conv_{name}", None)) is not None]
         backends = {getattr(conv, "backend", None) for conv in convs}
         return backends.pop() if len(backends) == 1 else None
 
@@ -269,7 +269,7 @@ class SpatialAttention(nn.Module):
             return None
         if any(type(x) is not Tensor or x.device.type != "cpu" or x.dtype != features[0].dtype for x in features):
             return None
-        convs = [getattr(self, f"conv_{name}") for name in _SAMPLED if self._served(name, len(features))]
+        convs = [getattr(self, f"conv_{name}") for name in SAMPLED if self._served(name, len(features))]
         plain = all(type(conv) is DeformConv3x3 for conv in convs) and self.backend in _TABLE_BACKENDS
         if not plain or type(self) is not SpatialAttention or any(map(_is_watched, (self, *convs))):
             return None
@@ -287,7 +287,7 @@ class SpatialAttention(nn.Module):
         levels = []
         for level, x in enumerate(features):
             branches = []
-            for name in _SAMPLED:
+            for name in SAMPLED:
                 if level not in self._served(name, len(features)):
                     continue
                 branch = getattr(self, f"norm_{name}")(convolved[name][level])
@@ -312,9 +312,9 @@ class SpatialAttention(nn.Module):
 
     def _one_by_one(self, features: list[Tensor], fields: list[Field | None]) -> dict[str, dict[int, Tensor]]:
         """What the convolutions give, by branch and level."""
-        convolved: dict[str, dict[int, Tensor]] = {name: {} for name in _SAMPLED}
+        convolved: dict[str, dict[int, Tensor]] = {name: {} for name in SAMPLED}
         for level in range(len(features)):
-            for name, neighbour in _SAMPLED.items():
+            for name, neighbour in SAMPLED.items():
                 if level in self._served(name, len(features)):
                     field = self._field(name, level, features, fields)
                     conv, x = getattr(self, f"conv_{name}"), features[level + neighbour]
@@ -335,7 +335,7 @@ class SpatialAttention(nn.Module):
         """What the convolutions give for features that lie in a table, by branch: (rows, C_out), level after level."""
         pyramid = Pyramid.of(features)
         convolutions: dict[str, Convolution] = {}
-        for name, neighbour in _SAMPLED.items():
+        for name, neighbour in SAMPLED.items():
             levels = self._served(name, len(features))
             if not levels:
                 continue
@@ -392,7 +392,7 @@ class DyHeadBlock(nn.Module):
         parts = list(self.modules())
         if any(type(part) not in _OWN_PARTS for part in parts) or any(map(_is_watched, parts[1:])):
             return False
-        kept = [name for name in _SAMPLED if hasattr(self.spatial, f"conv_{name}")]  # a single level needs "mid" only
+        kept = [name for name in SAMPLED if hasattr(self.spatial, f"conv_{name}")]  # a single level needs "mid" only
         convs, norms = ([getattr(self.spatial, f"{part}_{name}") for name in kept] for part in ("conv", "norm"))
         deformable = all(type(conv) is DeformConv3x3 for conv in convs) and self.spatial.backend in _TABLE_BACKENDS
         return deformable and len({(norm.num_groups, norm.eps) for norm in norms}) == 1

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from dyhead_zoo.layers.dyhead_tail import NAMES, branches_of, end_coefficients, end_loops, write_end
+from dyhead_zoo.layers.dyhead_tail import NAMES, SAMPLED, branches_of, end_coefficients, end_loops, write_end
 from dyhead_zoo.ops.deform_conv import Backend, cpu_loops
 from dyhead_zoo.ops.deform_conv_cpu import as_matrix, chunk_pixels, packed_linear, sample_and_contract
 from dyhead_zoo.ops.deform_conv_plan import Geometry, write_plan
@@ -126,7 +126,7 @@ def _convolve(
     weight = workspace.take("weight", index.shape, samples.weight_dtype)
     lengths = [layout.batch * layout.pixels(number) for number in range(len(levels))]
     for level, level_index, level_weight in zip(levels, index.split(lengths), weight.split(lengths), strict=True):
-        source = level + {"low": -1, "mid": 0, "high": 1}[name]
+        source = level + SAMPLED[name]
         offset, mask = cast("Field", fields[level])
         if name == "high":
             offset, mask = (spatial._coarse(field, pyramid.sizes[source]) for field in (offset, mask))

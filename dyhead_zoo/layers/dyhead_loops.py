@@ -5,7 +5,7 @@ For one level of one image
     out = max(a1 F + b1, a2 F + b2),    F = s_mid mid + s_low low + s_high up(high),
 
 where ``up`` is bilinear upsampling, corners on corners, and the seven coefficients are numbers of each channel (see
-``dyhead_inference``). One pass over the maps gives the output, two give all gradients; upsampled maps never exist.
+``dyhead_tail``). One pass over the maps gives the output, two give all gradients; upsampled maps never exist.
 """
 
 from __future__ import annotations

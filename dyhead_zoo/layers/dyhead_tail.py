@@ -32,8 +32,9 @@ from dyhead_zoo.ops.trial import undisturbed
 if TYPE_CHECKING:
     from dyhead_zoo.layers.dyhead import DyHeadBlock
 
-NAMES = ("mid", "low", "high")
-"""The branches, in the order of their coefficients."""
+SAMPLED = {"mid": 0, "low": -1, "high": 1}
+"""The branches, in the order of their coefficients: which level each samples, counted from its own."""
+NAMES = tuple(SAMPLED)
 
 
 def branches_of(pyramid: Pyramid) -> dict[str, tuple[range, Pyramid]]:
